@@ -1,0 +1,37 @@
+// Which kernel table runs: CPU and OS features, asked once; D2MOE_KERNELS=scalar|avx2|avx512 forces one.
+#include "kernels.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace d2moe {
+
+const KernelTable* kernel_table(const char* name) {
+  if (!std::strcmp(name, "scalar")) return &kScalarTable;
+#if defined(__x86_64__)
+  // __builtin_cpu_supports also asks the OS (XGETBV) whether it saves the wide registers.
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (!std::strcmp(name, "avx2") && avx2) return &kAvx2Table;
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni");
+  if (!std::strcmp(name, "avx512") && avx512) return &kAvx512Table;
+#endif
+  return nullptr;
+}
+
+const KernelTable* best_kernel_table() {
+  if (const char* forced = std::getenv("D2MOE_KERNELS"); forced && *forced) {
+    if (const KernelTable* t = kernel_table(forced)) return t;
+    throw std::runtime_error(std::string("D2MOE_KERNELS=") + forced +
+                             ": this build or this CPU has no such kernel table; known are scalar, avx2, avx512");
+  }
+  for (const char* name : {"avx512", "avx2"})
+    if (const KernelTable* t = kernel_table(name)) return t;
+  return &kScalarTable;
+}
+
+} // namespace d2moe

@@ -1,0 +1,266 @@
+#include "executor.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+namespace d2moe {
+namespace {
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+MatrixShape projection_shape(const ExpertShape& s, int projection) {
+  return projection == 2 ? MatrixShape{s.hidden, s.inner, s.group} : MatrixShape{s.inner, s.hidden, s.group};
+}
+
+} // namespace
+
+Executor::Executor(Runtime& rt, const ExpertShape& shape, const std::vector<std::string>& paths,
+                   std::vector<int64_t> offsets, bool direct, int depth)
+    : rt_(rt), shape_(shape), offsets_(std::move(offsets)),
+      slots_(shape.base_bytes, shape.layers * shape.experts, shape.plane_bytes, shape.layers * shape.experts * kPlanes),
+      experts_(size_t(shape.layers * shape.experts)), reader_(paths, direct, depth) {}
+
+Executor::~Executor() {
+  settle_all_quietly(); // no read may land in memory that is gone
+}
+
+void Executor::evict(int64_t layer, int64_t expert, int bits) {
+  Expert& e = at(layer, expert);
+  if (e.request) settle(layer, expert);
+  for (int b = e.width; b > std::max(bits, kBaseBits); --b) {
+    slots_.free_plane(e.planes[b - kBaseBits - 1]);
+    e.planes[b - kBaseBits - 1] = nullptr;
+  }
+  if (bits < kBaseBits && e.base) {
+    slots_.free_base(e.base);
+    e.base = nullptr;
+  }
+  e.width = e.settled = std::min(e.width, bits < kBaseBits ? 0 : bits);
+}
+
+void Executor::read(int64_t layer, int64_t expert, int bits) {
+  Expert& e = at(layer, expert);
+  if (bits <= e.width) return;
+  if (e.request) settle(layer, expert);
+  auto r = std::make_unique<ReadRequest>();
+  const int64_t record = shape_.base_bytes + kPlanes * shape_.plane_bytes;
+  r->file = int(layer);
+  r->offset = offsets_[size_t(layer)] + expert * record +
+              (e.width ? shape_.base_bytes + (e.width - kBaseBits) * shape_.plane_bytes : 0);
+  const int had = e.width;
+  if (!e.width) {
+    e.base = slots_.take_base();
+    r->pieces[r->piece_count++] = {e.base, size_t(shape_.base_bytes)};
+    r->bytes += shape_.base_bytes;
+    e.width = kBaseBits;
+  }
+  while (e.width < bits) {
+    uint8_t* plane;
+    try {
+      plane = slots_.take_plane();
+    } catch (...) { // leave the expert as it was
+      evict(layer, expert, had);
+      throw;
+    }
+    e.planes[e.width++ - kBaseBits] = plane;
+    r->pieces[r->piece_count++] = {plane, size_t(shape_.plane_bytes)};
+    r->bytes += shape_.plane_bytes;
+  }
+  e.request = std::move(r);
+  ++on_their_way_;
+  reader_.submit(e.request.get());
+}
+
+bool Executor::settle(int64_t layer, int64_t expert) {
+  Expert& e = at(layer, expert);
+  if (!e.request) return true;
+  for (;;) {
+    const uint64_t seen = reader_.finished(); // taken before looking, so that no completion is missed
+    if (e.request->done.load(std::memory_order_acquire)) break;
+    reader_.wait(seen);
+  }
+  const std::unique_ptr<ReadRequest> r = std::move(e.request);
+  --on_their_way_;
+  if (!r->error && r->done_bytes == r->bytes) {
+    e.settled = e.width;
+    counters_.read_bytes += r->bytes;
+    ++counters_.reads;
+    return true;
+  }
+  const int had = e.settled, wanted = e.width;
+  evict(layer, expert, had);
+  throw StorageFailure(reader_.path(r->file) + ": expert " + std::to_string(expert) + ", bits " + std::to_string(had + 1) +
+                       " to " + std::to_string(wanted) + " (" + std::to_string(r->bytes) + " bytes at offset " +
+                       std::to_string(r->offset) + "): " +
+                       (r->error ? std::string(std::strerror(r->error))
+                                 : "the file ends after " + std::to_string(r->done_bytes) + " of them"));
+}
+
+void Executor::settle_all_quietly() {
+  for (int64_t i = 0; i < int64_t(experts_.size()) && on_their_way_ > 0; ++i) {
+    try {
+      settle(i / shape_.experts, i % shape_.experts);
+    } catch (const StorageFailure&) {
+    }
+  }
+}
+
+Matrix Executor::matrix(const Expert& e, int projection) const {
+  Matrix m;
+  m.shape = projection_shape(shape_, projection);
+  const MatrixShape wide = projection_shape(shape_, 0);
+  const int64_t affine = wide.affine_bytes(), base = wide.base_bytes(), plane = wide.plane_bytes();
+  const int64_t all_affine = 2 * affine + projection_shape(shape_, 2).affine_bytes();
+  m.affine = reinterpret_cast<const uint16_t*>(e.base + projection * affine);
+  m.base = e.base + all_affine + projection * base;
+  for (int p = 0; p < kPlanes; ++p) m.planes[p] = e.planes[p] ? e.planes[p] + projection * plane : nullptr;
+  return m;
+}
+
+void Executor::begin(int64_t layer, int64_t tokens, int64_t top_k, const float* h, const int32_t* ids,
+                     const int32_t* bits) {
+  if (layer_ >= 0) throw std::logic_error("begin: the layer before was not finished");
+  const int64_t pairs = tokens * top_k;
+  for (int64_t i = 0; i < pairs; ++i)
+    if (ids[i] < 0 || ids[i] >= shape_.experts || bits[i] < kBaseBits || bits[i] > kMaxBits)
+      throw std::invalid_argument("begin: expert " + std::to_string(ids[i]) + " at " + std::to_string(bits[i]) +
+                                  " bits does not exist");
+  mark_ = rt_.scratch.mark();
+  tokens_ = tokens;
+  top_k_ = top_k;
+
+  // Gather the tokens of each (expert, width): counting sort over the 7 * experts keys.
+  constexpr int64_t kWidths = kMaxBits - kBaseBits + 1;
+  std::vector<int64_t> count(size_t(shape_.experts * kWidths + 1), 0);
+  const auto key = [&](int64_t i) { return size_t(ids[i] * kWidths + bits[i] - kBaseBits); };
+  for (int64_t i = 0; i < pairs; ++i) ++count[key(i) + 1];
+  groups_.clear();
+  for (size_t k = 0; k + 1 < count.size(); ++k) {
+    const int64_t n = count[k + 1];
+    count[k + 1] += count[k];
+    if (n) groups_.push_back({int32_t(int64_t(k) / kWidths), int32_t(int64_t(k) % kWidths) + kBaseBits, count[k], n, false});
+  }
+  row_of_pair_.resize(size_t(pairs));
+  for (int64_t i = 0; i < pairs; ++i) row_of_pair_[size_t(i)] = count[key(i)]++;
+
+  QuantRows once = quant_rows(rt_, tokens, shape_.hidden, shape_.group);
+  in_ = quant_rows(rt_, pairs, shape_.hidden, shape_.group);
+  rt_.pool.parallel_for(tokens, 4, [&](int64_t a, int64_t b, int) {
+    for (int64_t t = a; t < b; ++t) {
+      quantize_row(rt_, h + t * shape_.hidden, shape_.hidden, shape_.group, once, t);
+      for (int64_t i = t * top_k; i < (t + 1) * top_k; ++i) {
+        const int64_t row = row_of_pair_[size_t(i)];
+        std::memcpy(in_.q + row * in_.stride, once.q + t * once.stride, size_t(once.stride));
+        std::memcpy(in_.scale + row * in_.groups, once.scale + t * once.groups, size_t(once.groups) * 4);
+        std::memcpy(in_.sum + row * in_.groups, once.sum + t * once.groups, size_t(once.groups) * 4);
+      }
+    }
+  });
+  gate_ = rt_.scratch.get<float>(pairs * shape_.inner);
+  up_ = rt_.scratch.get<float>(pairs * shape_.inner);
+  middle_ = quant_rows(rt_, pairs, shape_.inner, shape_.group);
+  out_ = rt_.scratch.get<float>(pairs * shape_.hidden);
+  layer_ = layer;
+}
+
+void Executor::compute(const int32_t* wanted, int64_t count) {
+  if (layer_ < 0) throw std::logic_error("compute: no layer was begun");
+  std::vector<char> chosen(size_t(shape_.experts), count ? 0 : 1);
+  for (int64_t i = 0; i < count; ++i) chosen[size_t(wanted[i])] = 1;
+  std::vector<Group*> waiting, ready;
+  for (Group& g : groups_)
+    if (chosen[size_t(g.expert)] && !g.computed) waiting.push_back(&g);
+  try {
+    while (!waiting.empty()) {
+      const uint64_t seen = reader_.finished();
+      ready.clear();
+      std::vector<Group*> later;
+      for (Group* g : waiting) {
+        Expert& e = at(layer_, g->expert);
+        if (e.settled < g->bits) {
+          if (e.width < g->bits)
+            throw std::logic_error("compute: layer " + std::to_string(layer_) + " expert " + std::to_string(g->expert) +
+                                   " has " + std::to_string(e.width) + " bits and was asked for " + std::to_string(g->bits));
+          if (!e.request->done.load(std::memory_order_acquire)) {
+            later.push_back(g);
+            continue;
+          }
+          settle(layer_, g->expert);
+        }
+        ready.push_back(g);
+      }
+      waiting.swap(later);
+      if (ready.empty()) {
+        const int64_t begin = now_ns();
+        reader_.wait(seen);
+        counters_.stall_ns += now_ns() - begin;
+      } else {
+        const int64_t begin = now_ns();
+        compute_groups(ready);
+        counters_.compute_ns += now_ns() - begin;
+      }
+    }
+  } catch (...) {
+    settle_all_quietly();
+    rt_.scratch.release(mark_);
+    layer_ = -1;
+    throw;
+  }
+}
+
+void Executor::compute_groups(const std::vector<Group*>& groups) {
+  std::vector<Matrix> matrices;
+  matrices.reserve(groups.size() * 3);
+  std::vector<Product> first, second;
+  std::vector<int64_t> rows;
+  for (Group* g : groups) {
+    const Expert& e = at(layer_, g->expert);
+    for (int p = 0; p < 3; ++p) matrices.push_back(matrix(e, p));
+    const Matrix* m = &matrices[matrices.size() - 3];
+    const Activations in = in_.row(g->first, g->count);
+    for (int64_t i = 0; i < g->count; ++i) rows.push_back(g->first + i);
+    first.push_back({m, g->bits, in, gate_ + g->first * shape_.inner, shape_.inner, nullptr});
+    first.push_back({m + 1, g->bits, in, up_ + g->first * shape_.inner, shape_.inner, nullptr});
+    second.push_back({m + 2, g->bits, middle_.row(g->first, g->count), out_ + g->first * shape_.hidden, shape_.hidden, nullptr});
+    g->computed = true;
+  }
+  multiply(rt_, first);
+  rt_.pool.parallel_for(int64_t(rows.size()), 2, [&](int64_t begin, int64_t end, int) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t i = rows[size_t(n)];
+      rt_.table->silu_mul(gate_ + i * shape_.inner, up_ + i * shape_.inner, shape_.inner);
+      quantize_row(rt_, gate_ + i * shape_.inner, shape_.inner, shape_.group, middle_, i);
+    }
+  });
+  multiply(rt_, second);
+}
+
+void Executor::finish(const float* gates, float* x) {
+  if (layer_ < 0) throw std::logic_error("finish: no layer was begun");
+  for (const Group& g : groups_)
+    if (!g.computed) throw std::logic_error("finish: expert " + std::to_string(g.expert) + " was not computed");
+  const int64_t hidden = shape_.hidden;
+  constexpr int64_t kColumns = 256;
+  const int64_t cuts = (hidden + kColumns - 1) / kColumns;
+  rt_.pool.parallel_for(tokens_ * cuts, 16, [&](int64_t begin, int64_t end, int) {
+    float sum[kColumns];
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t t = n / cuts, first = n % cuts * kColumns, width = std::min(kColumns, hidden - first);
+      std::fill(sum, sum + width, 0.0f);
+      for (int64_t k = 0; k < top_k_; ++k) { // in the router's order, whatever order they were computed in
+        const float gate = gates[t * top_k_ + k];
+        const float* out = out_ + row_of_pair_[size_t(t * top_k_ + k)] * hidden + first;
+        for (int64_t i = 0; i < width; ++i) sum[i] += gate * out[i];
+      }
+      for (int64_t i = 0; i < width; ++i) x[t * hidden + first + i] += sum[i];
+    }
+  });
+  ++counters_.calls;
+  rt_.scratch.release(mark_);
+  layer_ = -1;
+}
+
+} // namespace d2moe

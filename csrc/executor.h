@@ -1,0 +1,91 @@
+// The experts of all layers: which planes are in memory, how they come, and what is computed with them.
+// Python decides (evict, read, compute); this class moves and multiplies, and refuses what does not fit together.
+#pragma once
+#include "dense.h"
+#include "reader.h"
+#include "slots.h"
+
+#include <memory>
+#include <stdexcept>
+
+namespace d2moe {
+
+// A read failed; the message names file, layer, expert and planes. The expert keeps what it had before.
+struct StorageFailure : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct ExpertShape {
+  int64_t layers = 0, experts = 0, hidden = 0, inner = 0; // layers: those with experts
+  int group = 64;
+  int64_t base_bytes = 0, plane_bytes = 0; // padded segments on disk and in a slot
+};
+
+struct ExecutorCounters {
+  int64_t read_bytes = 0, reads = 0, stall_ns = 0, compute_ns = 0, calls = 0;
+};
+
+class Executor {
+public:
+  // paths[l], offsets[l]: file of layer l and where its first record begins.
+  Executor(Runtime& rt, const ExpertShape& shape, const std::vector<std::string>& paths, std::vector<int64_t> offsets,
+           bool direct, int depth);
+  ~Executor();
+
+  void set_limit(int64_t bytes) { slots_.set_limit(bytes); }
+  int width(int64_t layer, int64_t expert) const { return at(layer, expert).width; }
+  // Keeps only the planes up to `bits` (0: nothing).
+  void evict(int64_t layer, int64_t expert, int bits);
+  // Starts reading planes so that the expert has `bits`; returns at once.
+  void read(int64_t layer, int64_t expert, int bits);
+
+  // One layer's experts on `tokens` rows of h; begin, then any number of compute waves, then finish.
+  void begin(int64_t layer, int64_t tokens, int64_t top_k, const float* h, const int32_t* ids, const int32_t* bits);
+  // Computes the pairs of the given experts (all if count is 0): what is resident first, then as reads arrive.
+  void compute(const int32_t* experts, int64_t count);
+  // x[t] += sum over i, in order, of gates[t, i] * output of its i-th expert.
+  void finish(const float* gates, float* x);
+
+  const ExecutorCounters& counters() const { return counters_; }
+  bool direct() const { return reader_.direct(); }
+  int64_t committed_bytes() const { return slots_.committed_bytes(); }
+
+private:
+  struct Expert {
+    int width = 0;           // bits resident or on their way
+    int settled = 0;         // bits resident
+    uint8_t* base = nullptr;
+    uint8_t* planes[kPlanes] = {};
+    std::unique_ptr<ReadRequest> request; // while on its way
+  };
+  struct Group { // the tokens that want one width of one expert
+    int32_t expert, bits;
+    int64_t first, count; // rows in the gathered order
+    bool computed;
+  };
+
+  Expert& at(int64_t layer, int64_t expert) { return experts_[size_t(layer * shape_.experts + expert)]; }
+  const Expert& at(int64_t layer, int64_t expert) const { return experts_[size_t(layer * shape_.experts + expert)]; }
+  bool settle(int64_t layer, int64_t expert); // true when nothing is on its way; throws StorageFailure
+  void settle_all_quietly();
+  Matrix matrix(const Expert& e, int projection) const;
+  void compute_groups(const std::vector<Group*>& groups);
+
+  Runtime& rt_;
+  ExpertShape shape_;
+  std::vector<int64_t> offsets_;
+  Slots slots_;
+  std::vector<Expert> experts_;
+  Reader reader_;
+  ExecutorCounters counters_;
+  int64_t on_their_way_ = 0;
+
+  // Between begin and finish:
+  int64_t layer_ = -1, tokens_ = 0, top_k_ = 0, mark_ = 0;
+  std::vector<Group> groups_;
+  std::vector<int64_t> row_of_pair_;
+  QuantRows in_{}, middle_{};
+  float *gate_ = nullptr, *up_ = nullptr, *out_ = nullptr;
+};
+
+} // namespace d2moe

@@ -1,0 +1,177 @@
+// The numeric definition of every kernel, and what runs where nothing faster is built. Compiled for the plain CPU.
+#include "kernels.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace d2moe {
+namespace {
+
+float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
+  uint32_t bits;
+  if (exponent == 31) {
+    bits = sign | 0x7F800000 | mantissa << 13;
+  } else if (exponent) {
+    bits = sign | (exponent + 112) << 23 | mantissa << 13;
+  } else { // zero and subnormals: mantissa * 2^-24 is exact
+    float f = float(mantissa) * 0x1p-24f;
+    std::memcpy(&bits, &f, 4);
+    bits |= sign;
+  }
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+uint16_t float_to_half(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+  bits &= 0x7FFFFFFF;
+  if (bits > 0x7F800000) return sign | 0x7E00;            // NaN
+  if (bits >= 0x477FF000) return sign | 0x7C00;           // rounds to infinity
+  if (bits < 0x38800000) {                                // subnormal half: let the float adder round
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f; // ulp of 0.5 is 2^-24, the step of subnormal halves
+    uint32_t rounded;
+    std::memcpy(&rounded, &magnitude, 4);
+    return sign | uint16_t(rounded - 0x3F000000);
+  }
+  const uint32_t odd = bits >> 13 & 1;
+  return sign | uint16_t((bits + 0xFFF + odd - (112u << 23)) >> 13);
+}
+
+void quantize(const float* x, int64_t cols, int group, int8_t* q, float* scale, int32_t* sum) {
+  const int64_t groups = (cols + group - 1) / group;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t begin = g * group, end = begin + group < cols ? begin + group : cols;
+    float largest = 0.0f;
+    for (int64_t i = begin; i < end; ++i) largest = std::fmax(largest, std::fabs(x[i]));
+    if (!(largest > 0x1p-100f)) largest = 0.0f;
+    const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+    int32_t total = 0;
+    for (int64_t i = begin; i < begin + group; ++i) {
+      const int8_t v = i < end ? int8_t(std::nearbyintf(x[i] * inverse)) : int8_t(0);
+      q[i] = v;
+      total += v;
+    }
+    scale[g] = largest / 127.0f;
+    sum[g] = total;
+  }
+}
+
+// Codes of one block in register order, the first `bits` bits of each.
+void unpack_block(const Matrix& w, int bits, int64_t block, uint8_t* out) {
+  const int64_t n = int64_t(kTileRows) * w.shape.group;
+  if (w.flat) {
+    const uint8_t mask = uint8_t(0xFF00 >> bits);
+    for (int64_t i = 0; i < n; ++i) out[i] = w.flat[block * n + i] & mask;
+    return;
+  }
+  const uint8_t* base = w.base + block * n / 4;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t reg = i / 64, byte = i % 64;
+    out[i] = uint8_t((base[reg / 4 * 64 + byte] >> (2 * (reg % 4)) & 3) << 6);
+  }
+  for (int p = 0; p < bits - kBaseBits; ++p) {
+    const uint8_t* plane = w.planes[p] + block * n / 8;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t reg = i / 64, byte = i % 64;
+      out[i] |= uint8_t((plane[reg / 8 * 64 + byte] >> (reg % 8) & 1) << (5 - p));
+    }
+  }
+}
+
+void matmul(const Matrix& w, int bits, const Activations& x, int64_t tile0, int64_t tile1, float* y, int64_t ldy) {
+  const int group = w.shape.group;
+  const int64_t groups = w.shape.groups(), stride = groups * group;
+  const float half = std::ldexp(1.0f, 7 - bits);
+  uint8_t codes[kTileRows * 256];
+  for (int64_t tile = tile0; tile < tile1; ++tile) {
+    const int64_t row0 = tile * kTileRows;
+    const int64_t rows = w.shape.rows - row0 < kTileRows ? w.shape.rows - row0 : kTileRows;
+    for (int64_t i = 0; i < x.m; ++i)
+      for (int64_t r = 0; r < rows; ++r) y[i * ldy + row0 + r] = 0.0f;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t block = tile * groups + g;
+      unpack_block(w, bits, block, codes);
+      const uint16_t* affine = w.affine + block * 2 * kTileRows;
+      for (int64_t i = 0; i < x.m; ++i) {
+        const int8_t* q = x.q + i * stride + g * group;
+        const float t = float(x.sum[i * groups + g]), scale = x.scale[i * groups + g];
+        for (int64_t r = 0; r < rows; ++r) {
+          int32_t dot = 0;
+          for (int j = 0; j < group / 4; ++j)
+            for (int c = 0; c < 4; ++c) dot += int32_t(codes[j * 64 + 4 * r + c]) * q[4 * j + c];
+          const float s = half_to_float(affine[r]) * 0x1p-8f, low = half_to_float(affine[kTileRows + r]);
+          const float inner = s * (float(dot) + half * t) + low * t;
+          float& acc = y[i * ldy + row0 + r];
+          acc = acc + scale * inner;
+        }
+      }
+    }
+  }
+}
+
+float dot_f32(const float* a, const float* b, int64_t n) {
+  float lane[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int l = 0; l < 8; ++l) lane[l] += a[i + l] * b[i + l];
+  float sum = ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7]));
+  for (; i < n; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+float dot_f16(const uint16_t* a, const float* b, int64_t n) {
+  float lane[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int l = 0; l < 8; ++l) lane[l] += half_to_float(a[i + l]) * b[i + l];
+  float sum = ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7]));
+  for (; i < n; ++i) sum += half_to_float(a[i]) * b[i];
+  return sum;
+}
+
+void axpy_f16(float alpha, const uint16_t* x, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] += alpha * half_to_float(x[i]);
+}
+
+float sum_squares(const float* x, int64_t n) { return dot_f32(x, x, n); }
+
+float exp_sum(float* x, float offset, int64_t n) {
+  float sum = 0.0f;
+  for (int64_t i = 0; i < n; ++i) sum += x[i] = std::exp(x[i] - offset);
+  return sum;
+}
+
+void silu_mul(float* gate, const float* up, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+}
+
+void to_f16(const float* x, uint16_t* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] = float_to_half(x[i]);
+}
+
+void to_f32(const uint16_t* x, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] = half_to_float(x[i]);
+}
+
+uint64_t read_bytes(const uint8_t* p, int64_t n) {
+  uint64_t lane[8] = {};
+  for (int64_t i = 0; i < n; i += 64) {
+    uint64_t v[8];
+    std::memcpy(v, p + i, 64);
+    for (int l = 0; l < 8; ++l) lane[l] ^= v[l];
+  }
+  return lane[0] ^ lane[1] ^ lane[2] ^ lane[3] ^ lane[4] ^ lane[5] ^ lane[6] ^ lane[7];
+}
+
+} // namespace
+
+const KernelTable kScalarTable = {"scalar", quantize,    matmul,  dot_f32,  dot_f16, axpy_f16,
+                                  sum_squares, exp_sum, silu_mul, to_f16,  to_f32,   read_bytes};
+
+} // namespace d2moe

@@ -1,0 +1,108 @@
+#include "reader.h"
+
+#include <cerrno>
+#include <cstring>
+#include <fcntl.h>
+#include <stdexcept>
+#include <unistd.h>
+
+namespace d2moe {
+
+Reader::Reader(const std::vector<std::string>& paths, bool direct, int depth) : paths_(paths), direct_(direct) {
+  for (const std::string& path : paths_) {
+    int fd = -1;
+#ifdef O_DIRECT
+    if (direct_) {
+      fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
+      if (fd < 0 && errno == EINVAL) direct_ = false; // tmpfs and some network filesystems
+    }
+#else
+    direct_ = false;
+#endif
+    if (fd < 0) fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (fd < 0) {
+      const int error = errno;
+      for (int f : files_) close(f);
+      throw std::runtime_error(path + ": cannot be opened: " + std::strerror(error));
+    }
+    files_.push_back(fd);
+  }
+  for (int i = 0; i < depth; ++i) threads_.emplace_back([this] { work(); });
+}
+
+Reader::~Reader() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stop_ = true;
+  }
+  work_.notify_all();
+  for (auto& t : threads_) t.join();
+  for (int f : files_) close(f);
+}
+
+void Reader::submit(ReadRequest* request) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    queue_.push_back(request);
+  }
+  work_.notify_one();
+}
+
+void Reader::wait(uint64_t seen) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  done_.wait(lock, [&] { return finished_.load(std::memory_order_acquire) != seen; });
+}
+
+void Reader::work() {
+  for (;;) {
+    ReadRequest* request;
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      work_.wait(lock, [&] { return stop_ || !queue_.empty(); });
+      if (queue_.empty()) return;
+      request = queue_.front();
+      queue_.pop_front();
+    }
+    read(*request);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      request->done.store(true, std::memory_order_release);
+      finished_.fetch_add(1, std::memory_order_release);
+    }
+    done_.notify_all();
+  }
+}
+
+void Reader::read(ReadRequest& r) const {
+  iovec left[kMaxPieces];
+  int count = r.piece_count, first = 0;
+  std::memcpy(left, r.pieces, sizeof(iovec) * size_t(count));
+  const int fd = files_[size_t(r.file)];
+  while (r.done_bytes < r.bytes) {
+    const ssize_t n = preadv(fd, left + first, count - first, r.offset + r.done_bytes);
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) {
+      r.error = errno;
+      return;
+    }
+    if (n == 0) return; // the file is shorter than its index says
+    r.done_bytes += n;
+    for (size_t rest = size_t(n); rest;) {
+      iovec& piece = left[first];
+      if (rest < piece.iov_len) {
+        piece.iov_base = static_cast<char*>(piece.iov_base) + rest;
+        piece.iov_len -= rest;
+        rest = 0;
+      } else {
+        rest -= piece.iov_len;
+        ++first;
+      }
+    }
+  }
+#ifdef POSIX_FADV_DONTNEED
+  // Through the page cache the budget would be spent twice, by us and by the kernel.
+  if (!direct_) posix_fadvise(fd, r.offset, r.bytes, POSIX_FADV_DONTNEED);
+#endif
+}
+
+} // namespace d2moe

@@ -1,0 +1,59 @@
+// Asynchronous aligned reads of expert records, past the page cache where the filesystem can.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <mutex>
+#include <string>
+#include <sys/uio.h>
+#include <thread>
+#include <vector>
+
+namespace d2moe {
+
+constexpr int kMaxPieces = 7; // a read fills at most the base and six planes
+
+// One contiguous range of a file into up to seven places in memory. `state` is written by the reader last.
+struct ReadRequest {
+  int file = -1; // index into the reader's files
+  int64_t offset = 0, bytes = 0;
+  iovec pieces[kMaxPieces];
+  int piece_count = 0;
+  int error = 0;          // errno; 0 with done < bytes means the file ended early
+  int64_t done_bytes = 0; // what arrived
+  std::atomic<bool> done{false};
+};
+
+// Opens the files and reads with `depth` threads of preadv. Completion order is not submission order.
+class Reader {
+public:
+  // Each file is opened with O_DIRECT if `direct`, and without where the filesystem refuses (see direct()).
+  Reader(const std::vector<std::string>& paths, bool direct, int depth);
+  ~Reader();
+  Reader(const Reader&) = delete;
+  Reader& operator=(const Reader&) = delete;
+
+  void submit(ReadRequest* request);
+  // Blocks until some request has finished since `seen` (a value of finished()).
+  void wait(uint64_t seen);
+  uint64_t finished() const { return finished_.load(std::memory_order_acquire); }
+  bool direct() const { return direct_; }
+  const std::string& path(int file) const { return paths_[size_t(file)]; }
+
+private:
+  void work();
+  void read(ReadRequest& request) const;
+
+  std::vector<std::string> paths_;
+  std::vector<int> files_;
+  bool direct_;
+  std::vector<std::thread> threads_;
+  std::deque<ReadRequest*> queue_;
+  bool stop_ = false;
+  std::atomic<uint64_t> finished_{0};
+  std::mutex mutex_;
+  std::condition_variable work_, done_;
+};
+
+} // namespace d2moe

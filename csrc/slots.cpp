@@ -1,0 +1,77 @@
+#include "slots.h"
+
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <sys/mman.h>
+
+namespace d2moe {
+
+void Slots::reserve(Arena& a, int64_t bytes, int64_t count) {
+  a.bytes = bytes;
+  a.count = count;
+  void* p = mmap(nullptr, size_t(bytes * count), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                 -1, 0);
+  if (p == MAP_FAILED) throw std::bad_alloc();
+  a.memory = static_cast<uint8_t*>(p);
+}
+
+Slots::Slots(int64_t base_bytes, int64_t base_count, int64_t plane_bytes, int64_t plane_count) {
+  reserve(base_, base_bytes, base_count);
+  reserve(plane_, plane_bytes, plane_count);
+}
+
+Slots::~Slots() {
+  for (Arena* a : {&base_, &plane_})
+    if (a->memory) munmap(a->memory, size_t(a->bytes * a->count));
+}
+
+bool Slots::cool(Arena& a) {
+  if (a.warm.empty()) return false;
+  uint8_t* p = a.warm.back();
+  a.warm.pop_back();
+  madvise(p, size_t(a.bytes), MADV_DONTNEED);
+  a.cold.push_back(p);
+  --a.committed;
+  return true;
+}
+
+void Slots::set_limit(int64_t bytes) {
+  if (used_bytes() > bytes)
+    throw std::runtime_error("the slots in use hold " + std::to_string(used_bytes()) + " bytes, more than the new limit of " +
+                             std::to_string(bytes) + "; evict first");
+  limit_ = bytes;
+  while (committed_bytes() > limit_ && (cool(plane_) || cool(base_))) {
+  }
+}
+
+uint8_t* Slots::take(Arena& a) {
+  uint8_t* p = nullptr;
+  if (!a.warm.empty()) {
+    p = a.warm.back();
+    a.warm.pop_back();
+  } else {
+    Arena& other = &a == &base_ ? plane_ : base_;
+    while (committed_bytes() + a.bytes > limit_)
+      if (!cool(other))
+        throw std::runtime_error("no slot of " + std::to_string(a.bytes) + " bytes is left: " +
+                                 std::to_string(used_bytes()) + " of " + std::to_string(limit_) + " bytes are in use");
+    if (!a.cold.empty()) {
+      p = a.cold.back();
+      a.cold.pop_back();
+    } else {
+      if (a.fresh == a.count) throw std::runtime_error("all " + std::to_string(a.count) + " slots are in use");
+      p = a.memory + a.bytes * a.fresh++;
+    }
+    ++a.committed;
+  }
+  ++a.used;
+  return p;
+}
+
+void Slots::give(Arena& a, uint8_t* p) {
+  --a.used;
+  a.warm.push_back(p);
+}
+
+} // namespace d2moe

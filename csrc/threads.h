@@ -1,0 +1,85 @@
+// The compute pool and the scratch memory of one engine.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace d2moe {
+
+// Fork-join over ranges. The caller works too; workers spin for some microseconds between jobs, then sleep.
+class Pool {
+public:
+  explicit Pool(int threads);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int size() const { return int(workers_.size()) + 1; }
+
+  // f(begin, end, thread) over pieces of [0, n); a piece is at least `grain` long. Results must not depend on the cut.
+  template <class F> void parallel_for(int64_t n, int64_t grain, F&& f) {
+    if (n <= 0) return;
+    if (workers_.empty() || n <= grain) {
+      f(int64_t(0), n, 0);
+      return;
+    }
+    run(n, grain, [](void* context, int64_t begin, int64_t end, int thread) {
+      (*static_cast<std::remove_reference_t<F>*>(context))(begin, end, thread);
+    }, &f);
+  }
+
+private:
+  using Body = void (*)(void* context, int64_t begin, int64_t end, int thread);
+  void run(int64_t n, int64_t grain, Body body, void* context);
+  void work(int thread);
+  void take(int thread);
+
+  std::vector<std::thread> workers_;
+  Body body_ = nullptr;
+  void* context_ = nullptr;
+  int64_t n_ = 0, piece_ = 1;
+  std::atomic<int64_t> next_{0};
+  std::atomic<uint64_t> epoch_{0};
+  std::atomic<int> busy_{0}, asleep_{0};
+  std::atomic<bool> stop_{false};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+};
+
+// Bump allocator over one reserved mapping: what is never touched is never resident. Exceeding it is a bug in the
+// caller's estimate and throws std::logic_error.
+class Scratch {
+public:
+  explicit Scratch(int64_t capacity);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  template <class T> T* get(int64_t count) { return static_cast<T*>(raw(count * int64_t(sizeof(T)))); }
+  int64_t mark() const { return used_; }
+  void release(int64_t mark) { used_ = mark; }
+  int64_t peak() const { return peak_; }
+
+private:
+  void* raw(int64_t bytes);
+  char* memory_;
+  int64_t capacity_, used_ = 0, peak_ = 0;
+};
+
+// Everything allocated after construction is given back at the end of the scope.
+class ScratchScope {
+public:
+  explicit ScratchScope(Scratch& s) : scratch_(s), mark_(s.mark()) {}
+  ~ScratchScope() { scratch_.release(mark_); }
+  ScratchScope(const ScratchScope&) = delete;
+  ScratchScope& operator=(const ScratchScope&) = delete;
+
+private:
+  Scratch& scratch_;
+  int64_t mark_;
+};
+
+} // namespace d2moe

@@ -1,0 +1,103 @@
+"""What is in a container, as plain numbers for a table or for JSON; reads nothing beyond what `open` has read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from d2moe.container.reader import Container
+from d2moe.types import WIDTHS
+
+
+@dataclass(frozen=True)
+class WidthSize:
+    """What a width costs: bytes per expert, of all experts, and read by one token with nothing resident."""
+
+    bits: int
+    bits_per_weight: float
+    """Scales and padding included."""
+    expert_bytes: int
+    all_experts_bytes: int
+    token_bytes: int | None
+    """All layers, the model's experts per token; None if config.json does not say how many."""
+
+
+@dataclass(frozen=True)
+class FileSize:
+    name: str
+    n_bytes: int
+    optional: bool
+
+
+@dataclass(frozen=True)
+class TensorSize:
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """A container in numbers; `dataclasses.asdict` makes it JSON."""
+
+    path: str
+    model_type: str
+    hidden: int
+    inner: int
+    group: int
+    moe_layers: tuple[int, ...]
+    experts: int
+    experts_per_token: int | None
+    expert_weights: int
+    """Weights of all experts together."""
+    dense_bytes: int
+    expert_bytes: int
+    """All experts with all eight bits."""
+    total_bytes: int
+    least_bytes: int | None
+    """Dense weights and one token's experts of one layer at 2 bits: no engine runs in less than this."""
+    widths: tuple[WidthSize, ...]
+    files: tuple[FileSize, ...]
+    dense: tuple[TensorSize, ...]
+    source: Mapping[str, Any]
+    quantizer: Mapping[str, Any]
+
+
+def describe(container: Container) -> Description:
+    """The description of an open container."""
+    manifest, record, config = container.manifest, container.record, container.config
+    found = config.get("num_experts_per_tok")
+    top_k = found if type(found) is int and 0 < found <= container.experts else None
+    layers, count = len(container.moe_layers), len(container.moe_layers) * container.experts
+    widths = tuple(
+        WidthSize(
+            bits,
+            record.bits_per_weight(bits),
+            record.prefix_bytes(bits),
+            count * record.prefix_bytes(bits),
+            layers * top_k * record.prefix_bytes(bits) if top_k else None,
+        )
+        for bits in WIDTHS
+    )
+    return Description(
+        path=str(container.path),
+        model_type=str(config.get("model_type", "unknown")),
+        hidden=record.hidden,
+        inner=record.inner,
+        group=record.group,
+        moe_layers=container.moe_layers,
+        experts=container.experts,
+        experts_per_token=top_k,
+        expert_weights=count * 3 * record.hidden * record.inner,
+        dense_bytes=container.dense_bytes,
+        expert_bytes=count * record.record_bytes,
+        total_bytes=sum(facts.n_bytes for facts in manifest.files.values()),
+        least_bytes=container.dense_bytes + top_k * widths[0].expert_bytes if top_k else None,
+        widths=widths,
+        files=tuple(FileSize(name, facts.n_bytes, facts.optional) for name, facts in manifest.files.items()),
+        dense=tuple(TensorSize(name, e.dtype, e.shape, e.n_bytes) for name, e in container.dense.items()),
+        source=manifest.source,
+        quantizer=manifest.quantizer,
+    )

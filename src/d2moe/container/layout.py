@@ -1,0 +1,129 @@
+"""Where every byte of an expert record lies: arithmetic only, no I/O. `docs/format.md` is the normative text.
+
+A record is one expert's segments one after the other: `base` (all scales, then the two-bit base of gate, up, down),
+then one segment per further bit, `plane3` to `plane8`, each with gate, up and down. Every segment is padded to 4096
+bytes, so an expert at b bits is one aligned read of the first `prefix_bytes(b)` bytes, and more bits are the next ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from d2moe.types import ALIGN_BYTES, BASE_BITS, MAX_BITS, TILE_ROWS, check_width, padded
+
+PROJECTIONS = ("gate", "up", "down")
+SEGMENTS = ("base", *(f"plane{bit}" for bit in range(BASE_BITS + 1, MAX_BITS + 1)))
+
+
+@dataclass(frozen=True)
+class MatrixLayout:
+    """One nested matrix of `rows` × `cols` weights in groups of `group` columns; sizes in bytes."""
+
+    rows: int
+    cols: int
+    group: int
+
+    @property
+    def tiles(self) -> int:
+        return padded(self.rows, TILE_ROWS) // TILE_ROWS
+
+    @property
+    def groups(self) -> int:
+        return padded(self.cols, self.group) // self.group
+
+    @property
+    def affine_bytes(self) -> int:
+        """Float16 [tiles, groups, 2, 16]: range and low end."""
+        return self.tiles * self.groups * 2 * TILE_ROWS * 2
+
+    @property
+    def flat_bytes(self) -> int:
+        """Uint8 [tiles, groups, group/4, 64]: the full code of every weight."""
+        return self.tiles * self.groups * TILE_ROWS * self.group
+
+    @property
+    def base_bytes(self) -> int:
+        return self.flat_bytes // 4
+
+    @property
+    def plane_bytes(self) -> int:
+        return self.flat_bytes // 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a segment: `kind` is "affine" or "codes"; `offset` counts from the start of the segment."""
+
+    kind: str
+    projection: str
+    offset: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class RecordLayout:
+    """The record of one gated expert: gate and up [inner, hidden], down [hidden, inner]."""
+
+    hidden: int
+    inner: int
+    group: int
+    base_spare_bytes: int = 0
+    """What `base` is larger than this version needs: optional parts that it skips; a multiple of 4096."""
+    plane_spare_bytes: int = 0
+    """The same for every plane segment."""
+
+    def matrix(self, projection: str) -> MatrixLayout:
+        """Layout of "gate", "up" or "down"."""
+        rows, cols = (self.hidden, self.inner) if projection == "down" else (self.inner, self.hidden)
+        return MatrixLayout(rows, cols, self.group)
+
+    def parts(self, segment: str) -> tuple[Part, ...]:
+        """The pieces of `segment` in storage order."""
+        wanted = [("affine", p) for p in PROJECTIONS] if segment == "base" else []
+        wanted += [("codes", p) for p in PROJECTIONS]
+        parts, offset = [], 0
+        for kind, projection in wanted:
+            matrix = self.matrix(projection)
+            codes = matrix.base_bytes if segment == "base" else matrix.plane_bytes
+            n_bytes = matrix.affine_bytes if kind == "affine" else codes
+            parts.append(Part(kind, projection, offset, n_bytes))
+            offset += n_bytes
+        return tuple(parts)
+
+    @cached_property
+    def base_bytes(self) -> int:
+        """Size of the `base` segment, padded."""
+        last = self.parts("base")[-1]
+        return padded(last.offset + last.n_bytes, ALIGN_BYTES) + self.base_spare_bytes
+
+    @cached_property
+    def plane_bytes(self) -> int:
+        """Size of one `plane` segment, padded; the same for every bit."""
+        last = self.parts("plane3")[-1]
+        return padded(last.offset + last.n_bytes, ALIGN_BYTES) + self.plane_spare_bytes
+
+    def segment_bytes(self, segment: str) -> int:
+        return self.base_bytes if segment == "base" else self.plane_bytes
+
+    def prefix_bytes(self, bits: int) -> int:
+        """Bytes to read for the whole expert at width `bits`; 0 bits is 0 bytes."""
+        return self.base_bytes + (check_width(bits) - BASE_BITS) * self.plane_bytes if bits else 0
+
+    @property
+    def record_bytes(self) -> int:
+        return self.prefix_bytes(MAX_BITS)
+
+    def bits_per_weight(self, bits: int) -> float:
+        """Bits on disk per weight of the model at width `bits`, scales and padding included."""
+        return 8 * self.prefix_bytes(bits) / (3 * self.hidden * self.inner)
+
+
+def expert_file(layer: int) -> str:
+    """File of a layer's experts, relative to the container."""
+    return f"experts/layer-{layer:03d}.safetensors"
+
+
+def expert_tensor(layer: int, expert: int, segment: str) -> str:
+    """Name of one segment of one record in that file."""
+    return f"layers.{layer}.experts.{expert}.{segment}"

@@ -1,0 +1,1 @@
+"""From other formats into a d2moe container: read a checkpoint, quantise, write, resumable at every expert."""

@@ -1,0 +1,45 @@
+"""The compiled back end: the only importer of `d2moe._native`.
+
+Arrays are C-contiguous; float16 data crosses as its uint16 bits. Sizes are checked on the way in (ValueError); a
+failed read raises `StorageFailure`, whose message names file, expert, bits and the cause.
+"""
+
+from __future__ import annotations
+
+from d2moe._native import (
+    Attention,
+    Ends,
+    Experts,
+    FeedForward,
+    KvCache,
+    Linear,
+    Router,
+    Runtime,
+    StorageFailure,
+    encode,
+    matmul,
+    pack,
+    quantize_activations,
+    read_bandwidth,
+    tables,
+    vector_op,
+)
+
+__all__ = [
+    "Attention",
+    "Ends",
+    "Experts",
+    "FeedForward",
+    "KvCache",
+    "Linear",
+    "Router",
+    "Runtime",
+    "StorageFailure",
+    "encode",
+    "matmul",
+    "pack",
+    "quantize_activations",
+    "read_bandwidth",
+    "tables",
+    "vector_op",
+]

@@ -1,0 +1,215 @@
+"""From one row of logits to one token: what a request asks for, and the NumPy that does it.
+
+Order and meaning are those of transformers' `generate` with the same numbers:
+
+1. repetition_penalty: the logit of every token of the prompt or the answer so far is divided by it if positive, else
+   multiplied (CTRL, arXiv 1909.05858; llama.cpp's "repeat penalty" with an unlimited window)
+2. temperature: logits are divided by it; 0 is greedy, the first token of the highest logit, and skips the rest
+   (llama.cpp divides last instead, after the cuts)
+3. top_k: only the k highest logits stay (with any that equal the k-th)
+4. top_p: of what is left, the smallest set of the likeliest tokens with probability of at least p together
+5. min_p: of what is left, tokens at least min_p times as likely as the likeliest
+6. one token is drawn from what is left, in proportion
+
+Log-probabilities are those of the model's own distribution: log-softmax of the logits before step 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from d2moe.errors import ConfigError, D2MoeError
+from d2moe.types import check_width
+
+if TYPE_CHECKING:
+    from numpy.random import Generator
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What one request asks for; ConfigError for a value out of range.
+
+    `max_tokens` None: until the model ends or the context is full. `seed` None: a fresh one each time. `stop`: text that
+    ends the answer and is not part of it. `logprobs` n: log-probability of each token and of the n likeliest. `bits`
+    None: the engine's width. `ignore_eos`: the model's end tokens do not end the answer. The default is greedy.
+    """
+
+    max_tokens: int | None = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = 0
+    stop: tuple[str, ...] = field(default=())
+    logprobs: int | None = None
+    bits: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", _stops(self.stop))
+        _whole("max_tokens", self.max_tokens, 1, None, optional=True)
+        _number("temperature", self.temperature, 0.0, 100.0)
+        _whole("top_k", self.top_k, 0, None)
+        _number("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0.0:
+            raise ConfigError("top_p is 0, expected a number above 0 and at most 1; for the likeliest token use temperature=0")
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _whole("seed", self.seed, 0, 2**64 - 1, optional=True)
+        _whole("logprobs", self.logprobs, 0, 100, optional=True)
+        if self.bits is not None:
+            check_width(self.bits)
+        if not isinstance(self.ignore_eos, bool):
+            raise ConfigError(f"ignore_eos is {self.ignore_eos!r}, expected True or False")
+
+    @classmethod
+    def make(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """Parameters from names and values; an unknown name is a ConfigError, never ignored."""
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+                raise ConfigError(f"unknown sampling parameter {name!r}{hint}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural-log probability of a token, and of the likeliest `top` (token, logprob) at its place, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Draws the tokens of one request with a generator of its own, so that no other request changes the result."""
+
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab: int):
+        self.params = params
+        self._seen: npt.NDArray[np.bool_] | None = None
+        if params.repetition_penalty != 1.0:
+            self._seen = np.zeros(vocab, np.bool_)
+            self._seen[np.asarray(prompt, np.int64)] = True
+        self._generator: Generator | None = None
+        if params.temperature > 0:
+            from numpy.random import PCG64, Generator  # costs memory that a greedy run need not pay
+
+            self._generator = Generator(PCG64(params.seed))
+
+    def sample(self, logits: F32) -> int:
+        """One token id from logits float32 [vocab]; D2MoeError if they hold NaN or no finite value."""
+        logits = self._penalised(logits)
+        if self._generator is None:
+            token = int(np.argmax(logits))
+            _check_finite(float(logits[token]))
+        else:
+            ids, weights = candidates(logits, self.params)
+            total = np.cumsum(weights)
+            place = int(np.searchsorted(total, self._generator.random() * total[-1], side="right"))
+            # Rounding can put the draw on the very end; the last token with any weight is the answer then.
+            place = min(place, int(np.searchsorted(total, total[-1], side="left")))
+            token = int(ids[place]) if ids is not None else place
+        if self._seen is not None:
+            self._seen[token] = True
+        return token
+
+    def _penalised(self, logits: F32) -> F32:
+        if self._seen is None:
+            return logits
+        penalty = np.float32(self.params.repetition_penalty)
+        ids = np.flatnonzero(self._seen)
+        changed = logits.copy()
+        some = changed[ids]
+        changed[ids] = np.where(some < 0, some * penalty, some / penalty)
+        return changed
+
+
+def candidates(logits: F32, params: SamplingParams) -> tuple[I64 | None, F64]:
+    """Token ids that survive steps 2 to 5 and their relative weights (likeliest near 1); ids None means all, in order.
+
+    A vocabulary of 150k is never sorted: only tokens that could still be inside the top_p set are.
+    """
+    top = float(np.max(logits))
+    _check_finite(top)
+    ids: I64 | None = None
+    scores = logits
+    if 0 < params.top_k < logits.size:
+        kth = np.partition(logits, logits.size - params.top_k)[logits.size - params.top_k]
+        ids = np.flatnonzero(logits >= kth)
+        scores = logits[ids]
+    weights = np.exp((scores.astype(np.float64) - top) / params.temperature)
+    keep = None
+    if params.top_p < 1.0:
+        # Tokens below (1 - p) of the mean weight hold less than 1 - p of the mass all together, so all of them go.
+        limit = (1.0 - params.top_p) * float(weights.sum())
+        keep = np.flatnonzero(weights >= max(limit / weights.size, params.min_p))
+        order = keep[np.argsort(-weights[keep], kind="stable")]
+        above = np.cumsum(weights[order]) - weights[order]  # mass of the likelier ones
+        inside = above < params.top_p * float(weights.sum())
+        inside[0] = True
+        keep = order[inside]
+    elif params.min_p > 0.0:
+        keep = np.flatnonzero(weights >= params.min_p)
+    if keep is not None:
+        ids = keep if ids is None else ids[keep]
+        weights = weights[keep]
+    return ids, weights
+
+
+def logprob(logits: F32, token: int, top: int) -> TokenLogprob:
+    """Log-probabilities under the model's own distribution: of `token`, and of the `top` likeliest tokens."""
+    highest = float(np.max(logits))
+    _check_finite(highest)
+    shifted = logits.astype(np.float64) - highest
+    total = math.log(float(np.exp(shifted).sum()))
+    best: list[tuple[int, float]] = []
+    if top > 0:
+        count = min(top, logits.size)
+        ids = np.argpartition(-logits, count - 1)[:count]
+        ids = ids[np.lexsort((ids, -logits[ids]))]
+        best = [(int(i), float(shifted[i] - total)) for i in ids]
+    return TokenLogprob(token, float(shifted[token] - total), tuple(best))
+
+
+def _check_finite(highest: float) -> None:
+    if not math.isfinite(highest):
+        raise D2MoeError(f'the model\'s logits are not finite (highest is {highest}); damaged weights? run "d2moe verify"')
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    stops = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (value,)
+    for stop in stops:
+        if not isinstance(stop, str) or not stop:
+            raise ConfigError(f"stop holds {stop!r}, expected text of at least one character, or a list of such")
+    return stops
+
+
+def _number(name: str, value: Any, low: float, high: float) -> None:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    if not ok:  # also NaN
+        raise ConfigError(f"{name} is {value!r}, expected a number from {low:g} to {high:g}")
+
+
+def _whole(name: str, value: Any, low: int, high: int | None, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
+    if not ok:
+        limits = f"from {low} to {high}" if high is not None else f"of at least {low}"
+        raise ConfigError(f"{name} is {value!r}, expected a whole number {limits}{' or None' if optional else ''}")

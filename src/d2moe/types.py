@@ -1,0 +1,95 @@
+"""Plain value types shared by all layers. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from d2moe.errors import ConfigError
+
+BASE_BITS = 2
+"""Width of the base plane; every further plane adds one bit."""
+MAX_BITS = 8
+"""Width of the full code."""
+WIDTHS = tuple(range(BASE_BITS, MAX_BITS + 1))
+"""All widths a nested expert can be read at, in bits."""
+
+TILE_ROWS = 16
+"""Output rows that are stored side by side; one lane of a 512-bit register each."""
+ALIGN_BYTES = 4096
+"""Alignment and size granularity of everything that is read with direct I/O."""
+
+
+@dataclass(frozen=True)
+class RopeShape:
+    """Rotary position embedding: `kind` is "default", "linear" or "yarn"; see `d2moe.models.rope`."""
+
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    original_context: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Everything the engine must know of an architecture; made from `config.json` by `d2moe.models`.
+
+    `qk_norm` is "none", "head" (RMS norm over each head) or "all" (over all heads together).
+    `moe_layers` lists the layers with experts; the others have a dense feed-forward block of `dense_inner`.
+    `shared_inner` is the width of an always active expert with a sigmoid gate, 0 for none.
+    `windows[l]` is layer l's sliding attention window in tokens, 0 for full attention.
+    """
+
+    model_type: str
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    rms_eps: float
+    rope: RopeShape
+    experts: int
+    top_k: int
+    expert_inner: int
+    norm_top_k: bool
+    moe_layers: tuple[int, ...]
+    windows: tuple[int, ...]
+    dense_inner: int = 0
+    shared_inner: int = 0
+    qk_norm: str = "none"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    clip_qkv: float | None = None
+    tied_embeddings: bool = False
+    eos_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+
+
+@dataclass(frozen=True)
+class ExpertId:
+    """One expert: `layer` counts all layers of the model, `index` the experts within the layer."""
+
+    layer: int
+    index: int
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} expert {self.index}"
+
+
+def check_width(bits: int, name: str = "bits") -> int:
+    """Return `bits` if it is a whole number from 2 to 8; raise ConfigError otherwise."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not BASE_BITS <= bits <= MAX_BITS:
+        raise ConfigError(f"{name} is {bits!r}, expected a whole number from {BASE_BITS} to {MAX_BITS}")
+    return bits
+
+
+def padded(n: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `n`."""
+    return -(-n // multiple) * multiple

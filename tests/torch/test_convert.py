@@ -1,0 +1,606 @@
+"""Checkpoints made by transformers become containers: all families, layouts and dtypes; bad input; resuming; memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import FAMILIES, LAYOUTS, tiny_checkpoint, tiny_config, write_tokenizer
+from safetensors.torch import load_file, save_file
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
+
+import torch
+from d2moe import planes
+from d2moe.container import Container
+from d2moe.container.safetensors_header import build_header
+from d2moe.convert.huggingface import Checkpoint
+from d2moe.convert.pipeline import convert
+from d2moe.errors import CheckpointError, ConfigError, D2MoeError
+from d2moe.models import shape_from_config
+from d2moe.models.rope import attention_scale, inverse_frequencies
+
+Edit = Callable[[dict[str, torch.Tensor]], None]
+
+
+# --- config and rope against transformers ---
+
+
+@pytest.mark.parametrize("head_dim", [40, 128])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rope_type": "default", "rope_theta": 1e6},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128},
+        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+        {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "mscale": 0.7, "mscale_all_dim": 1.0,
+            "truncate": False, "beta_fast": 16, "beta_slow": 2,
+        },
+        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "attention_factor": 1.3},
+    ],
+)  # fmt: skip
+def test_rope_is_that_of_transformers(parameters: dict[str, Any], head_dim: int) -> None:
+    config = tiny_config("qwen3_moe", rope_parameters=dict(parameters), head_dim=head_dim)
+    theirs = Qwen3MoeRotaryEmbedding(config)
+    rope = shape_from_config(json.loads(config.to_json_string()), "config.json").rope
+    ours = inverse_frequencies(rope, head_dim)
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, theirs.inv_freq.numpy(), rtol=2.5e-7)  # two units in the last place of pow
+    assert attention_scale(rope) == pytest.approx(theirs.attention_scaling, rel=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_old_and_new_spelling_give_one_shape(family: str, tmp_path: Path) -> None:
+    """The config that transformers 5 writes, and the same one as transformers 4 wrote it."""
+    new = json.loads(tiny_config(family).to_json_string(use_diff=False))
+    old = dict(new)
+    parameters = old.pop("rope_parameters")
+    old |= {"rope_theta": parameters["rope_theta"], "rope_scaling": None, "torch_dtype": old.pop("dtype")}
+    for key in ("num_experts", "num_local_experts"):
+        if key in old:
+            experts = old.pop(key)
+    old["num_local_experts" if family == "mixtral" else "num_experts"] = experts
+    assert shape_from_config(old, "old") == shape_from_config(new, "new")
+
+
+# --- bad input, refused before anything is written ---
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sharded")
+    tiny_checkpoint("mixtral", path, shards=3, num_hidden_layers=1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("single")
+    tiny_checkpoint("qwen2_moe", path, num_hidden_layers=2)
+    return path
+
+
+def copy(source: Path, to: Path) -> Path:
+    to.mkdir()
+    for file in source.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def edited(source: Path, to: Path, edit: Edit) -> Path:
+    """A copy of a one-file checkpoint with other tensors."""
+    copy(source, to)
+    tensors = load_file(to / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+def drop(tensors: dict[str, torch.Tensor], name: str) -> None:
+    del tensors[name]
+
+
+def refusal(path: Path, error: type[D2MoeError] = CheckpointError) -> str:
+    with pytest.raises(error) as caught:
+        Checkpoint.open(path).close()
+    return str(caught.value)
+
+
+def edit_json(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    table = json.loads(path.read_text())
+    edit(table)
+    path.write_text(json.dumps(table))
+
+
+def test_missing_folder_and_files(single: Path, tmp_path: Path) -> None:
+    assert "no such folder" in refusal(tmp_path / "none")
+    assert "is a file" in refusal(single / "config.json")
+    path = copy(single, tmp_path / "a")
+    (path / "model.safetensors").unlink()
+    assert "found no weights at all, expected model.safetensors or model.safetensors.index.json" in refusal(path)
+    (path / "pytorch_model.bin").write_bytes(b"x")
+    assert "pickled weights are not read, save the model again with save_pretrained" in refusal(path)
+    (path / "config.json").unlink()
+    assert "config.json: no such file" in refusal(path)
+
+
+def test_missing_or_broken_tokenizer(single: Path, tmp_path: Path) -> None:
+    path = copy(single, tmp_path / "a")
+    (path / "tokenizer.json").write_text("{}")
+    assert 'tokenizer.json: has no "model"' in refusal(path)
+    (path / "tokenizer.json").unlink()
+    message = refusal(path)
+    assert "tokenizer.json: no such file" in message
+    assert "AutoTokenizer" in message
+    assert f".save_pretrained('{path}')" in message
+
+
+def test_broken_config(single: Path, tmp_path: Path) -> None:
+    path = copy(single, tmp_path / "a")
+    edit_json(path / "config.json", lambda c: c.update(model_type="llama"))
+    assert "model_type is 'llama'" in refusal(path, ConfigError)
+    edit_json(path / "config.json", lambda c: c.update(model_type="qwen2_moe", magic=1))
+    assert f"{path / 'config.json'}: unknown key magic" in refusal(path, ConfigError)
+    Checkpoint.open(path, ignore_config_keys=["magic"]).close()
+    (path / "config.json").write_text("{")
+    assert "is not valid JSON" in refusal(path)
+
+
+def test_missing_shard(sharded: Path, tmp_path: Path) -> None:
+    path = copy(sharded, tmp_path / "a")
+    (path / "model-00002-of-00003.safetensors").unlink()
+    message = refusal(path)
+    assert "model-00002-of-00003.safetensors: no such file; model.safetensors.index.json places" in message
+    assert "download the missing file" in message
+
+
+def test_truncated_shard(sharded: Path, tmp_path: Path) -> None:
+    path = copy(sharded, tmp_path / "a")
+    shard = path / "model-00002-of-00003.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    assert re.search(r"model-00002-of-00003.safetensors: .*(cut|download)", refusal(path))
+    shard.write_bytes(whole[:20])
+    assert "model-00002-of-00003.safetensors: the header claims" in refusal(path)
+    shard.write_bytes(b"")
+    assert "has 0 bytes" in refusal(path)
+
+
+def test_index_of_another_checkpoint(sharded: Path, tmp_path: Path) -> None:
+    path = copy(sharded, tmp_path / "a")
+    index = path / "model.safetensors.index.json"
+    edit_json(index, lambda t: t["weight_map"].update({"model.extra": "model-00001-of-00003.safetensors"}))
+    message = refusal(path)
+    assert f"{index}: says that tensor 'model.extra' is in 'model-00001-of-00003.safetensors', which has no" in message
+    edit_json(index, lambda t: (t["weight_map"].pop("model.extra"), t["weight_map"].pop("model.norm.weight")))
+    assert "has no tensor 'model.norm.weight', needed for final_norm" in refusal(path)
+
+
+@pytest.mark.parametrize("file", ["../m.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..safetensors", 3, "x"])
+def test_index_that_leaves_the_folder(sharded: Path, tmp_path: Path, file: object) -> None:
+    path = copy(sharded, tmp_path / "a")
+    edit_json(path / "model.safetensors.index.json", lambda t: t["weight_map"].update({"lm_head.weight": file}))
+    message = refusal(path)
+    assert f"places tensor 'lm_head.weight' in {file!r}, expected the name of a .safetensors file in the" in message
+
+
+def test_index_without_map(sharded: Path, tmp_path: Path) -> None:
+    path = copy(sharded, tmp_path / "a")
+    (path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    assert "has no weight_map" in refusal(path)
+
+
+NAME = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+def test_wrong_tensors(single: Path, tmp_path: Path) -> None:
+    def case(name: str, edit: Edit) -> str:
+        return refusal(edited(single, tmp_path / name, edit))
+
+    message = case("shape", lambda t: t.update({NAME: t[NAME][:-1].contiguous()}))
+    assert f"model.safetensors: tensor '{NAME}' has shape [71, 96], expected [72, 96] from config.json" in message
+    message = case("type", lambda t: t.update({NAME: t[NAME].char()}))
+    assert "has dtype I8, expected BF16, F16, F32; a quantised checkpoint" in message
+    message = case("absent", lambda t: drop(t, NAME))
+    assert f"has no tensor '{NAME}', needed for layer 1 expert 3; is the checkpoint complete" in message
+    message = case("head", lambda t: drop(t, "lm_head.weight"))
+    assert "needed for head; is tie_word_embeddings missing" in message
+    message = case("extra", lambda t: t.update({"model.layers.2.mlp.gate.weight": torch.zeros(6, 96)}))
+    assert "tensor 'model.layers.2.mlp.gate.weight' is not part of the qwen2_moe model that config.json" in message
+
+
+def test_half_a_fused_layer(tmp_path: Path) -> None:
+    tiny_checkpoint("olmoe", tmp_path / "a", layout="fused", num_hidden_layers=1)
+    path = edited(tmp_path / "a", tmp_path / "b", lambda t: drop(t, "model.layers.0.mlp.experts.down_proj"))
+    assert "has no tensor 'model.layers.0.mlp.experts.down_proj', needed for the experts of layer 0" in refusal(path)
+
+
+def test_ignorable_buffers(single: Path, tmp_path: Path) -> None:
+    def add(t: dict[str, torch.Tensor]) -> None:
+        t["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(12)
+
+    Checkpoint.open(edited(single, tmp_path / "a", add)).close()
+
+
+# --- what comes out ---
+
+
+def check_matrix(w: np.ndarray, tiles: np.ndarray, affine_tiles: np.ndarray, group: int = 64) -> None:
+    """Codes are exactly those of planes.py under the stored scales, and the scales its choice but for near ties."""
+    rows, cols = w.shape
+    codes, affine = planes.untile(tiles), planes.untile_affine(affine_tiles)
+    wanted_codes, wanted_affine = planes.quantize(w, group)
+    assert codes.shape == wanted_codes.shape
+    same = (affine == wanted_affine).all(axis=-1)
+    assert same.mean() > 0.99
+    cut = codes.reshape(*affine.shape[:2], group)
+    assert np.array_equal(cut[same], wanted_codes.reshape(cut.shape)[same])
+    for g in range(affine.shape[1]):
+        part = w[:, g * group : (g + 1) * group]
+        expected = planes.encode(part, affine[:rows, g, 0], affine[:rows, g, 1])
+        assert np.array_equal(cut[:rows, g, : part.shape[1]], expected)
+    for bits, most in ((8, 0.01), (4, 0.15), (2, 0.6)):
+        error = planes.dequantize(codes, affine, bits, rows, cols) - w
+        assert np.sqrt(np.mean(error**2) / np.mean(w**2)) < most
+
+
+def check_container(path: Path, model: Any) -> None:
+    """Every tensor of the container against the weights in transformers' own modules."""
+    container = Container.open(path)
+    seen = set()
+
+    def linear(name: str, module: Any) -> None:
+        check_matrix(module.weight.detach().numpy(), *container.read_linear(name))
+        seen.update({f"{name}.codes", f"{name}.affine"})
+        if getattr(module, "bias", None) is not None:
+            plain(f"{name}_bias", module.bias)
+
+    def plain(name: str, values: torch.Tensor) -> None:
+        stored = container.read_dense(name)
+        assert stored.dtype == np.float32
+        assert np.array_equal(stored, values.detach().numpy())
+        seen.add(name)
+
+    def block(name: str, module: Any) -> None:
+        for part in ("gate", "up", "down"):
+            linear(f"{name}.{part}", getattr(module, f"{part}_proj"))
+
+    linear("embed", model.model.embed_tokens)
+    if not model.config.tie_word_embeddings:
+        linear("head", model.lm_head)
+    plain("final_norm", model.model.norm.weight)
+    for index, layer in enumerate(model.model.layers):
+        name = f"layers.{index}"
+        plain(f"{name}.attn_norm", layer.input_layernorm.weight)
+        plain(f"{name}.mlp_norm", layer.post_attention_layernorm.weight)
+        for part in ("q", "k", "v", "o"):
+            linear(f"{name}.attn.{part}", getattr(layer.self_attn, f"{part}_proj"))
+        for part in ("q_norm", "k_norm"):
+            if hasattr(layer.self_attn, part):
+                plain(f"{name}.attn.{part}", getattr(layer.self_attn, part).weight)
+        if not hasattr(layer.mlp, "experts"):
+            block(f"{name}.mlp", layer.mlp)
+            continue
+        plain(f"{name}.router", layer.mlp.gate.weight)
+        if hasattr(layer.mlp, "shared_expert"):
+            block(f"{name}.shared", layer.mlp.shared_expert)
+            plain(f"{name}.shared.mix", layer.mlp.shared_expert_gate.weight[0])
+        inner = container.record.inner
+        for e in range(container.experts):
+            stored = container.read_expert(index, e, 8)
+            both = layer.mlp.experts.gate_up_proj[e].detach().numpy()
+            down = layer.mlp.experts.down_proj[e].detach().numpy()
+            for part, w in (("gate", both[:inner]), ("up", both[inner:]), ("down", down)):
+                matrix = stored[part]
+                check_matrix(np.ascontiguousarray(w), planes.unpack(matrix.base, matrix.planes), matrix.affine)
+    assert seen == set(container.dense)
+
+
+def tree(path: Path) -> dict[str, str]:
+    """Hash of every file of a container."""
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    return {str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_weight_arrives(family: str, layout: str, dtype: str, tmp_path: Path) -> None:
+    _, model = tiny_checkpoint(family, tmp_path / "src", layout, dtype)
+    assert convert(tmp_path / "src", tmp_path / "dst") == tmp_path / "dst"
+    check_container(tmp_path / "dst", model)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "dst" / name).read_bytes() == (tmp_path / "src" / name).read_bytes()
+    source = Container.open(tmp_path / "dst").manifest.source
+    assert source["name"] == "src"
+    assert source["dtype"] == {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shards_and_layouts_give_the_same_container(layout: str, tmp_path: Path) -> None:
+    tiny_checkpoint("mixtral", tmp_path / "a")
+    tiny_checkpoint("mixtral", tmp_path / "b", layout, shards=3)
+    convert(tmp_path / "a", tmp_path / "a.d2moe")
+    convert(tmp_path / "b", tmp_path / "b.d2moe", threads=1)
+    one, other = tree(tmp_path / "a.d2moe"), tree(tmp_path / "b.d2moe")
+    assert one.pop("d2moe.json") != other.pop("d2moe.json")  # names the source
+    assert one == other
+
+
+def test_group_of_128_and_attention_biases(tmp_path: Path) -> None:
+    _, model = tiny_checkpoint("qwen3_moe", tmp_path / "src", attention_bias=True, num_hidden_layers=2)
+    convert(tmp_path / "src", tmp_path / "dst", group=128)
+    container = Container.open(tmp_path / "dst")
+    assert container.record.group == 128
+    assert np.abs(container.read_dense("layers.1.attn.o_bias")).max() > 0
+    w = model.model.layers[1].self_attn.o_proj.weight.detach().numpy()
+    check_matrix(w, *container.read_linear("layers.1.attn.o"), 128)
+
+
+def test_large_matrices_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = tiny_checkpoint("mixtral", tmp_path / "src", num_hidden_layers=1)
+    convert(tmp_path / "src", tmp_path / "whole")
+    monkeypatch.setattr("d2moe.convert.huggingface.PIECE_BYTES", 64 * 4 * 40)  # 40 rows, so 32
+    convert(tmp_path / "src", tmp_path / "pieces")
+    assert tree(tmp_path / "whole") == tree(tmp_path / "pieces")
+    check_container(tmp_path / "pieces", model)
+
+
+def test_tied_embeddings(tmp_path: Path) -> None:
+    _, model = tiny_checkpoint("qwen3_moe", tmp_path / "src", num_hidden_layers=2, tie_word_embeddings=True)
+    convert(tmp_path / "src", tmp_path / "dst")
+    check_container(tmp_path / "dst", model)
+
+    def untie(tensors: dict[str, torch.Tensor], change: float) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["lm_head.weight"][7, 7] += change
+
+    Checkpoint.open(edited(tmp_path / "src", tmp_path / "same", lambda t: untie(t, 0.0))).close()
+    message = refusal(edited(tmp_path / "src", tmp_path / "other", lambda t: untie(t, 1.0)))
+    assert "tensor 'lm_head.weight' differs from the embedding, but config.json ties them" in message
+
+
+# --- weights that cannot be stored ---
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "value", "said"),
+    [
+        (NAME, (3, 5), float("nan"), "has nan at [3, 5], expected finite weights"),
+        (NAME, (71, 95), float("-inf"), "has -inf at [71, 95], expected finite weights"),
+        (NAME, (0, 0), 1e5, "has 100000 at [0, 0], expected at most 32,752, what a float16 scale can hold"),
+        ("model.embed_tokens.weight", (299, 1), float("inf"), "has inf at [299, 1]"),
+        ("model.norm.weight", (9,), float("nan"), "has nan at [9]"),
+        ("model.layers.1.mlp.gate.weight", (2, 3), float("inf"), "has inf at [2, 3]"),
+    ],
+)
+def test_bad_weights(
+    single: Path,
+    tmp_path: Path,
+    name: str,
+    at: tuple[int, ...],
+    value: float,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name][at] = value
+
+    monkeypatch.setattr("d2moe.convert.huggingface.PIECE_BYTES", 96 * 4 * 64)
+    path = edited(single, tmp_path / "src", spoil)
+    with pytest.raises(CheckpointError) as caught:
+        convert(path, tmp_path / "dst")
+    assert f"{path / 'model.safetensors'}: tensor '{name}' {said}" in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
+
+
+@pytest.mark.parametrize(
+    ("part", "at"), [("gate_up_proj", (2, 70, 5)), ("gate_up_proj", (1, 3, 5)), ("down_proj", (3, 9, 1))]
+)
+def test_bad_fused_weights(tmp_path: Path, part: str, at: tuple[int, int, int]) -> None:
+    tiny_checkpoint("olmoe", tmp_path / "a", layout="fused", num_hidden_layers=1)
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"model.layers.0.mlp.experts.{part}"][at] = float("nan")
+
+    path = edited(tmp_path / "a", tmp_path / "b", spoil)
+    with pytest.raises(CheckpointError, match=re.escape(f"experts.{part}' has nan at {list(at)}")):
+        convert(path, tmp_path / "dst")
+
+
+def test_bad_arguments(single: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="group is 48, expected a multiple of 32"):
+        convert(single, tmp_path / "dst", group=48)
+    with pytest.raises(ConfigError, match="threads is 0"):
+        convert(single, tmp_path / "dst", threads=0)
+    (tmp_path / "dst").mkdir()
+    with pytest.raises(D2MoeError, match="is there already"):
+        convert(single, tmp_path / "dst")
+
+
+def test_ignored_keys_are_remembered(single: Path, tmp_path: Path) -> None:
+    path = copy(single, tmp_path / "src")
+    edit_json(path / "config.json", lambda c: c.update(magic=1))
+    convert(path, tmp_path / "dst", ignore_config_keys=["magic"])
+    container = Container.open(tmp_path / "dst")
+    keys = container.manifest.source["ignored_config_keys"]
+    assert keys == ["magic"]
+    shape_from_config(container.config, "x", keys)
+
+
+# --- progress, interruption, resuming ---
+
+
+class Counting:
+    """Progress that remembers, and raises KeyboardInterrupt after `stop` calls."""
+
+    def __init__(self, stop: int = 10**9):
+        self.stop, self.total, self.done, self.texts = stop, 0, 0, list[str]()
+
+    def start(self, total: int, done: int) -> None:
+        self.total, self.done = total, done
+
+    def advance(self, weights: int, text: str) -> None:
+        self.done += weights
+        self.texts.append(text)
+        if len(self.texts) == self.stop:
+            raise KeyboardInterrupt
+
+
+def test_progress_counts_every_weight(single: Path, tmp_path: Path) -> None:
+    counting = Counting()
+    convert(single, tmp_path / "dst", progress=counting)
+    tensors = load_file(single / "model.safetensors")
+    assert counting.total == counting.done == sum(t.numel() for t in tensors.values())
+    assert counting.texts[0] == "embed"
+    assert counting.texts[-1] == "layer 1 expert 5"
+
+
+def test_interrupted_runs_resume_to_the_same_bytes(single: Path, tmp_path: Path) -> None:
+    convert(single, tmp_path / "whole")
+    before = 0
+    for stop in (1, 7, 22, 2):  # in the embedding, among dense tensors, among experts
+        counting = Counting(stop)
+        with pytest.raises(
+            KeyboardInterrupt, match=r"dst.partial: stopped after [\d,]+ of [\d,]+ weights; the same command"
+        ):
+            convert(single, tmp_path / "dst", progress=counting)
+        assert counting.done > before
+        before = counting.done
+        assert not (tmp_path / "dst").exists()
+    counting = Counting()
+    convert(single, tmp_path / "dst", progress=counting)
+    assert counting.done == counting.total
+    assert tree(tmp_path / "dst") == tree(tmp_path / "whole")
+    assert not (tmp_path / "dst.partial").exists()
+
+
+def test_resuming_something_else_is_refused(single: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        convert(single, tmp_path / "dst", progress=Counting(5))
+    with pytest.raises(D2MoeError, match=r"dst.partial: was begun with other facts"):
+        convert(single, tmp_path / "dst", group=128)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[NAME] *= 2
+
+    other = edited(single, tmp_path / single.name, change)
+    with pytest.raises(D2MoeError, match=r"was begun with other facts: source.fingerprint"):
+        convert(other, tmp_path / "dst")
+
+
+SLOW = """
+import sys, time
+from d2moe.convert.pipeline import convert
+
+class Slow:
+    def start(self, total, done):
+        print("start", done, flush=True)
+    def advance(self, weights, text):
+        print(text, flush=True)
+        time.sleep(0.02)
+
+convert(sys.argv[1], sys.argv[2], progress=Slow())
+"""
+
+
+def test_killed_runs_resume_to_the_same_bytes(tmp_path: Path) -> None:
+    """kill -9, three times in one conversion; nothing that was reported done is done again."""
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    tiny_checkpoint("olmoe", src, dtype="bfloat16", shards=2)
+    convert(src, tmp_path / "whole")
+    reported: list[str] = []
+    for lines in (3, 12, 30):
+        with subprocess.Popen(
+            [sys.executable, "-c", SLOW, str(src), str(dst)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout
+            assert process.stdout.readline().startswith("start")
+            mine = [process.stdout.readline().strip() for _ in range(lines)]
+            process.send_signal(signal.SIGKILL)
+            mine += [line for line in process.stdout.read().splitlines() if line]
+            assert process.wait() == -signal.SIGKILL, process.stderr and process.stderr.read()
+        assert not set(mine) & set(reported)
+        reported += mine
+        assert not dst.exists()
+    counting = Counting()
+    convert(src, dst, progress=counting)
+    assert not set(counting.texts) & set(reported)
+    assert counting.done == counting.total
+    assert tree(dst) == tree(tmp_path / "whole")
+
+
+# --- memory ---
+
+MEASURE = """
+import sys
+from d2moe.convert.pipeline import convert
+
+def peak_mb():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) / 1024
+
+convert(sys.argv[1], sys.argv[2])
+before = peak_mb()
+convert(sys.argv[3], sys.argv[4])
+print(before, peak_mb())
+"""
+
+
+def write_large(path: Path, hidden: int, inner: int, experts: int, vocab: int, layout: str) -> float:
+    """One layer of Mixtral in bf16 with random weights, written without holding it; returns its MB."""
+    path.mkdir()
+    config = {
+        "model_type": "mixtral", "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": experts,
+        "num_experts_per_tok": 2, "tie_word_embeddings": True,
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    write_tokenizer(path)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    stem = "model.layers.0"
+    shapes |= {f"{stem}.{n}_layernorm.weight": (hidden,) for n in ("input", "post_attention")}
+    shapes |= {f"{stem}.self_attn.{n}_proj.weight": (hidden, hidden) for n in "qkvo"}
+    shapes[f"{stem}.mlp.gate.weight"] = (experts, hidden)
+    if layout == "fused":
+        shapes[f"{stem}.mlp.experts.gate_up_proj"] = (experts, 2 * inner, hidden)
+        shapes[f"{stem}.mlp.experts.down_proj"] = (experts, hidden, inner)
+    else:
+        for e in range(experts):
+            one = f"{stem}.block_sparse_moe.experts.{e}"
+            shapes |= {f"{one}.w1.weight": (inner, hidden), f"{one}.w3.weight": (inner, hidden)}
+            shapes[f"{one}.w2.weight"] = (hidden, inner)
+    header, entries = build_header({name: ("BF16", shape) for name, shape in shapes.items()})
+    block = np.random.default_rng(0).normal(size=1 << 19).astype(np.float32).view(np.uint32) >> 16
+    data = block.astype(np.uint16).tobytes()
+    n_bytes = sum(entry.n_bytes for entry in entries.values())
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(header)
+        for at in range(0, n_bytes, len(data)):
+            file.write(data[: n_bytes - at])
+    return n_bytes / 2**20
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_peak_memory(layout: str, tmp_path: Path) -> None:
+    """Much less than the model, and than the tensors its experts are fused in: a few experts and a piece."""
+    hidden, inner, experts, vocab = 512, 512, 48, 24_000
+    write_large(tmp_path / "small", 64, 64, 4, 512, layout)
+    model_mb = write_large(tmp_path / "large", hidden, inner, experts, vocab, layout)
+    folders = [str(tmp_path / name) for name in ("small", "small.d2moe", "large", "large.d2moe")]
+    run = subprocess.run([sys.executable, "-c", MEASURE, *folders], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    before, after = map(float, run.stdout.split())
+    expert_mb, embedding_mb = 3 * hidden * inner * 4 / 2**20, vocab * hidden * 2 / 2**20
+    assert model_mb > 90
+    assert after - before < 4 * expert_mb + 1.5 * embedding_mb, f"{after:.0f} MB after {before:.0f} MB"
