@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +15,7 @@ from d2moe.errors import ConfigError, RequestError
 from d2moe.runtime.generate import Model
 from d2moe.runtime.request import Completion, Piece, StopText
 from d2moe.runtime.sampling import SamplingParams
+from d2moe.runtime.streamer import Counters
 from d2moe.runtime.tokenizer import Tokenizer
 
 END = 256
@@ -31,21 +31,6 @@ def bytes_backend() -> Backend:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken("<|end|>", special=True)])
     return backend
-
-
-@dataclass(frozen=True)
-class ToyCounters:
-    tokens: int = 0
-    expert_tokens: int = 0
-    hits: int = 0
-    misses: int = 0
-    read_bytes: int = 0
-
-    def snapshot(self) -> ToyCounters:
-        return self
-
-    def __sub__(self, other: ToyCounters) -> ToyCounters:
-        return ToyCounters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
 
 class ToySequence:
@@ -68,7 +53,7 @@ class ToyEngine:
         self.context, self.script = context, script
         self.config = SimpleNamespace(bits=4, memory_bytes=None)
         self.widths = (2, 3, 4)
-        self.counters = ToyCounters()
+        self.counters = Counters()
         self.live, self.closed, self.steps = 0, False, 0
         rng = np.random.default_rng(7)
         self.a, self.b = (rng.standard_normal((257, 257)).astype(np.float32) for _ in range(2))
@@ -103,8 +88,9 @@ class ToyEngine:
                 rows.append(self.row(sequence.tokens, sequence.prompt, chunk.bits))
             c = self.counters
             n = len(chunk.tokens)
-            self.counters = ToyCounters(c.tokens + n, c.expert_tokens + 2 * n, c.hits + n, c.misses + n, c.read_bytes + 100 * n)
-        return np.stack(rows)
+            c.tokens, c.uses, c.use_bits, c.read_bytes = c.tokens + n, c.uses + n, c.use_bits + n * chunk.bits, c.read_bytes + 100 * n
+            c.wanted_bytes, c.missing_bytes = c.wanted_bytes + 2 * n, c.missing_bytes + n
+        return np.stack(rows) if rows else np.empty((0, 257), np.float32)
 
     def describe(self) -> dict[str, Any]:
         return {"direct": False}

@@ -7,6 +7,7 @@ logits. Sizes are awkward on purpose: head_dim * heads is not hidden, widths are
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 
 FAMILIES = ("qwen3_moe", "olmoe", "mixtral", "qwen2_moe")
 LAYOUTS = ("separate", "fused")
+Edit = Callable[[dict[str, torch.Tensor]], None]
+
 END = 256
 """Id of the token "<|end|>", after the 256 bytes."""
 
@@ -160,3 +163,29 @@ def write_tokenizer(path: Path) -> None:
     template += "{% if add_generation_prompt %}assistant:{% endif %}"
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "chat_template": template}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def copy(source: Path, to: Path) -> Path:
+    to.mkdir()
+    for file in source.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def edited(source: Path, to: Path, edit: Edit) -> Path:
+    """A copy of a one-file checkpoint with other tensors."""
+    copy(source, to)
+    tensors = load_file(to / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+def drop(tensors: dict[str, torch.Tensor], name: str) -> None:
+    del tensors[name]
+
+
+def edit_json(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    table = json.loads(path.read_text())
+    edit(table)
+    path.write_text(json.dumps(table))

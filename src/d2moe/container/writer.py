@@ -110,10 +110,11 @@ class ContainerWriter:
                 " delete it or give another name"
             )
         self._check_room()
-        is_fresh = set(names) <= {JOURNAL, "experts"}
-        self._guarded(self.partial, lambda: (self.partial / "experts").mkdir(parents=True, exist_ok=True))
         try:
-            self._journal = Journal(self.partial / JOURNAL, self._facts(), is_fresh)
+            self.partial.mkdir(exist_ok=True)
+            # The journal comes first: a folder with anything else in it has a journal with its facts.
+            self._journal = Journal(self.partial / JOURNAL, self._facts(), set(names) <= {JOURNAL})
+            (self.partial / "experts").mkdir(exist_ok=True)
             self._recheck(self._journal)
         except OSError as e:
             self.close()

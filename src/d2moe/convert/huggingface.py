@@ -78,6 +78,7 @@ class Checkpoint:
     def __init__(self, path: Path, config: bytes, shape: ModelShape, names: SourceNames, shards: list[SafetensorsFile]):
         self.path, self.config_bytes, self.shape, self.names = path, config, shape, names
         self._shards = shards
+        self._listing = path / SINGLE
         self._where: dict[str, SafetensorsFile] = {}
         self.dense: dict[str, Place] = {}
         self._fused: dict[int, tuple[Place, Place]] = {}
@@ -108,6 +109,7 @@ class Checkpoint:
     # --- finding ---
 
     def _locate(self, index: dict[str, str] | None) -> None:
+        self._listing = self.path / (SINGLE if index is None else INDEX)
         by_file = {shard.path.name: shard for shard in self._shards}
         if index is None:
             self._where = {name: shard for shard in self._shards for name in shard.entries}
@@ -128,8 +130,7 @@ class Checkpoint:
         hint = "is the checkpoint complete, and is config.json its own?"
         if what == "head":
             hint = "is tie_word_embeddings missing in config.json? " + hint
-        there = self.path / (INDEX if len(self._shards) > 1 else SINGLE)
-        return CheckpointError(f"{there}: has no tensor {shown(name)}, needed for {what}; {hint}")
+        return CheckpointError(f"{self._listing}: has no tensor {shown(name)}, needed for {what}; {hint}")
 
     def _place(self, name: str, expected: tuple[int, ...]) -> Place:
         place = Place(self._where[name], name)

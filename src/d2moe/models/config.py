@@ -100,7 +100,7 @@ class Config:
         value = self.get(key, default)
         if value is _MISSING:
             raise self.error(key, "expected a positive number; is this the config.json of a complete checkpoint?")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
             raise self.error(key, "expected a positive number")
         return float(value)
 

@@ -35,7 +35,8 @@ def _windows(c: Config, layers: int) -> tuple[int, ...]:
     kinds = c.get("layer_types")
     if kinds is None:  # the rule of transformers' Qwen2MoeConfig: every second layer below max_window_layers
         kinds = ["sliding_attention" if on and i % 2 == 0 and i < below else "full_attention" for i in range(layers)]
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+    known = ("sliding_attention", "full_attention")
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
         raise c.error("layer_types", f'expected a list of {layers} times "full_attention" or "sliding_attention"')
     c.get("sliding_window")
     if "sliding_attention" not in kinds:

@@ -47,9 +47,6 @@ def rope_shape(c: Config, theta: float, context: int) -> tuple[RopeShape, int]:
     table.pop("type", None)
     if kind not in SUPPORTED:
         raise ConfigError(f"{c.where}: {name} has rope_type {kind!r}, supported are {', '.join(SUPPORTED)}")
-    table.setdefault("rope_theta", c.number("rope_theta", theta))
-    if c.has("rope_theta") and float(table["rope_theta"]) != c.number("rope_theta"):
-        raise c.error("rope_theta", f"{name} says {table['rope_theta']!r}; they must agree, remove the wrong one")
     if table.pop("partial_rotary_factor", 1.0) not in (1, None):
         raise ConfigError(f"{c.where}: {name} has a partial_rotary_factor, only 1.0 is supported")
     numbers = {key: _number(c, name, key, table.pop(key, None)) for key in ("rope_theta", *KEYS[kind])}
@@ -58,7 +55,10 @@ def rope_shape(c: Config, theta: float, context: int) -> tuple[RopeShape, int]:
         raise ConfigError(f"{c.where}: {name} has truncate {truncate!r}, expected true or false")
     if table:
         raise ConfigError(f"{c.where}: {name} has unknown keys {', '.join(sorted(table))} for rope_type {kind!r}")
-    base = numbers["rope_theta"] or theta
+    outer = c.number("rope_theta", theta)
+    base = outer if numbers["rope_theta"] is None else numbers["rope_theta"]
+    if c.has("rope_theta") and base != outer:
+        raise c.error("rope_theta", f"{name} says {base:g}; they must agree, remove the wrong one")
     if base <= 1:
         raise ConfigError(f"{c.where}: rope_theta is {base:g}, expected more than 1")
     if kind == "default":
@@ -84,7 +84,7 @@ def rope_shape(c: Config, theta: float, context: int) -> tuple[RopeShape, int]:
         mscale_all_dim=numbers["mscale_all_dim"],
         truncate=truncate,
     )
-    return shape, max(context, int(factor * original))
+    return shape, max(context, min(int(factor * original), 2**31 - 1))
 
 
 def _table(c: Config) -> tuple[str, dict[str, Any]]:
@@ -105,8 +105,8 @@ def _table(c: Config) -> tuple[str, dict[str, Any]]:
 def _number(c: Config, name: str, key: str, value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise ConfigError(f"{c.where}: {name} has {key} {value!r}, expected a positive number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-9 <= value <= 1e12:
+        raise ConfigError(f"{c.where}: {name} has {key} {value!r}, expected a number from 1e-9 to 1e12")
     return float(value)
 
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from d2moe.errors import RequestError
-from d2moe.runtime.request import Chunk, Completion, EngineLike, FinishReason, Piece, Request, Stats, check_prompt
+from d2moe.runtime.engine import Chunk
+from d2moe.runtime.request import Completion, EngineLike, FinishReason, Piece, Request, Stats, check_prompt
 from d2moe.runtime.sampling import SamplingParams, TokenLogprob
+from d2moe.runtime.streamer import Counters
 from d2moe.runtime.tokenizer import Tokenizer
 from d2moe.types import WIDTHS
 
@@ -143,7 +145,7 @@ class Model:
                 clock.first = clock.first or clock.end
                 if piece.finish_reason is not None:
                     clock.after = self.engine.counters.snapshot()
-                    self.last = _stats(request, clock, bits)
+                    self.last = _stats(request, clock)
                 yield piece
         finally:
             # Also when the caller stops iterating or Ctrl-C comes between two tokens.
@@ -166,14 +168,10 @@ class Model:
         return Completion("".join(text), request.tokens, reason, request.prompt, logprobs, self.last)
 
 
-def _stats(request: Request, clock: _Clock, bits: int) -> Stats:
+def _stats(request: Request, clock: _Clock) -> Stats:
     ttft = clock.first - clock.start
     later = clock.end - clock.first
-    used = clock.after - clock.before
-    uses = int(getattr(used, "expert_tokens", 0))
-    hits, misses = int(getattr(used, "hits", 0)), int(getattr(used, "misses", 0))
-    # Without a count of bits by the engine every use had the width of the request.
-    summed = getattr(used, "expert_bits", None)
+    used: Counters = clock.after.minus(clock.before)
     return Stats(
         prompt_tokens=len(request.prompt),
         generated_tokens=len(request.tokens),
@@ -181,7 +179,7 @@ def _stats(request: Request, clock: _Clock, bits: int) -> Stats:
         total_s=clock.end - clock.start,
         prompt_tokens_per_s=len(request.prompt) / ttft if ttft > 0 else 0.0,
         generation_tokens_per_s=(len(request.tokens) - 1) / later if later > 0 else 0.0,
-        bits=summed / uses if summed is not None and uses else float(bits),
-        read_bytes=int(getattr(used, "read_bytes", 0)),
-        hit_rate=hits / (hits + misses) if hits + misses else 1.0,
+        bits=used.average_bits,
+        read_bytes=used.read_bytes,
+        hit_rate=used.hit_rate,
     )

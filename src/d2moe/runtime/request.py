@@ -25,30 +25,8 @@ Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
 
-class EngineSequence(Protocol):
-    """Tokens fed so far and their keys and values."""
-
-    @property
-    def length(self) -> int: ...
-    def free(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens to feed to a sequence at width `bits`, and which logits rows to give back."""
-
-    sequence: Any
-    tokens: Sequence[int]
-    bits: int
-    logits: Literal["last", "all", "none"] = "last"
-
-
 class EngineLike(Protocol):
-    """What generation and evaluation need of `d2moe.runtime.engine.Engine`.
-
-    `step` feeds the chunks (each of any number of tokens) and returns float32 [rows, vocab], the asked rows in order.
-    `config.bits` is the width where a request names none. `counters` has `snapshot()` and differences.
-    """
+    """What generation and evaluation need of `d2moe.runtime.engine.Engine`; a test can bring less than a whole one."""
 
     @property
     def shape(self) -> ModelShape: ...

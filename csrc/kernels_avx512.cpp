@@ -1,0 +1,365 @@
+// AVX-512 with VNNI: a register is 16 rows x 4 columns, one int32 lane a row. Codes stay left-aligned (the prefix in its
+// place, low bits zero), so vpdpbusd needs no shifts and no width ever saturates. Only this file is compiled for AVX-512.
+#include "kernels.h"
+
+#include <utility>
+
+#if defined(__GNUC__) && !defined(__clang__) // GCC 12 warns of its own _mm512_undefined_ps (bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+
+namespace d2moe {
+namespace {
+
+constexpr int kFewTokens = 4;             // up to here codes are used straight from registers
+constexpr int kManyTokens = 8;            // above, so many tokens share each load of unpacked codes
+constexpr int64_t kChunkBytes = 24 << 10; // unpacked codes kept in L1 between two passes over the tokens
+constexpr int64_t kTokenBytes = 1 << 20;  // activations kept in L2 while all tiles pass
+constexpr int64_t kAheadBytes = 2048;     // software prefetch of the base; hardware prefetchers stop at 4 KiB pages
+constexpr int kMaxGroups = kChunkBytes / (kTileRows * 32);
+
+template <int N> struct Index { static constexpr int value = N; };
+template <class F, int... I> inline __attribute__((always_inline)) void each(F&& f, std::integer_sequence<int, I...>) {
+  (f(Index<I>{}), ...);
+}
+template <int N, class F> inline __attribute__((always_inline)) void unrolled(F&& f) {
+  each(f, std::make_integer_sequence<int, N>{});
+}
+
+inline __m512i load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline __m512i four(const int8_t* q) { // four activations in every lane
+  int32_t v;
+  __builtin_memcpy(&v, q, 4);
+  return _mm512_set1_epi32(v);
+}
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
+// ---- unpacking -------------------------------------------------------------------------------------------------
+
+// Left by N, right if N is negative; bits that cross a byte are masked away by the caller.
+template <int N> inline __m512i shift(__m512i v) {
+  if constexpr (N > 0) return _mm512_slli_epi16(v, N);
+  else if constexpr (N < 0) return _mm512_srli_epi16(v, -N);
+  else return v;
+}
+
+template <int P, int F> inline __m512i add_bit(__m512i code, __m512i plane) { // code | (bit F of plane, put in place)
+  return _mm512_ternarylogic_epi32(code, shift<5 - P - F>(plane), _mm512_set1_epi8(0x20 >> P), 0xF8);
+}
+
+// Calls use(code register, index) for the 8 registers of 32 columns.
+template <int BITS, class F> inline __attribute__((always_inline)) void nested_unit(const Matrix& w, int64_t unit, F&& use) {
+  const uint8_t* base = w.base + unit * 128;
+  const __m512i word[2] = {load(base), load(base + 64)};
+  __m512i plane[kPlanes];
+  unrolled<BITS - kBaseBits>([&](auto p) { plane[p.value] = load(w.planes[p.value] + unit * 64); });
+  unrolled<8>([&](auto f) {
+    constexpr int F8 = decltype(f)::value;
+    __m512i code = _mm512_and_si512(shift<6 - 2 * (F8 % 4)>(word[F8 / 4]), _mm512_set1_epi8(char(0xC0)));
+    unrolled<BITS - kBaseBits>([&](auto p) { code = add_bit<decltype(p)::value, F8>(code, plane[decltype(p)::value]); });
+    use(code, f);
+  });
+}
+
+template <class F> inline __attribute__((always_inline)) void flat_unit(const Matrix& w, __m512i mask, int64_t unit, F&& use) {
+  const uint8_t* flat = w.flat + unit * 512;
+  unrolled<8>([&](auto f) { use(_mm512_and_si512(load(flat + 64 * decltype(f)::value), mask), f); });
+}
+
+// The streams of a nested matrix run in step; each is prefetched so far ahead that together they cover the latency.
+template <int BITS> inline void prefetch_unit(const Matrix& w, int64_t unit, int64_t ahead) {
+  if constexpr (BITS == 0) {
+    for (int f = 0; f < 8; ++f) prefetch(w.flat + (unit + ahead) * 512 + 64 * f);
+  } else {
+    prefetch(w.base + (unit + ahead) * 128);
+    prefetch(w.base + (unit + ahead) * 128 + 64);
+    for (int p = 0; p < BITS - kBaseBits; ++p) prefetch(w.planes[p] + (unit + ahead) * 64);
+  }
+}
+
+// BITS 0 stands for a flat matrix at any width: there the width is only a mask.
+template <int BITS, class F> inline __attribute__((always_inline)) void unit_codes(const Matrix& w, __m512i mask, int64_t unit, F&& use) {
+  if constexpr (BITS == 0) flat_unit(w, mask, unit, use);
+  else nested_unit<BITS>(w, unit, use);
+}
+
+// ---- the float part: exactly as at KernelTable::matmul -----------------------------------------------------------
+
+struct Affine {
+  __m512 s, low;
+  explicit Affine(const uint16_t* p)
+      : s(_mm512_mul_ps(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), _mm512_set1_ps(0x1p-8f))),
+        low(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + kTileRows)))) {}
+
+  __m512 add(__m512 acc, __m512i dot, float half_t, float t, float scale) const {
+    const __m512 inner = _mm512_add_ps(_mm512_mul_ps(s, _mm512_add_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(half_t))),
+                                       _mm512_mul_ps(low, _mm512_set1_ps(t)));
+    return _mm512_add_ps(acc, _mm512_mul_ps(_mm512_set1_ps(scale), inner));
+  }
+};
+
+inline __mmask16 row_mask(const Matrix& w, int64_t tile) {
+  const int64_t rows = w.shape.rows - tile * kTileRows;
+  return rows >= kTileRows ? __mmask16(0xFFFF) : __mmask16((1u << rows) - 1);
+}
+
+// ---- few tokens: bound by memory ---------------------------------------------------------------------------------
+
+template <int BITS, int T>
+void multiply_few(const Matrix& w, int bits, const Activations& x, int64_t tile0, int64_t tile1, float* y, int64_t ldy) {
+  constexpr int kChains = T == 1 ? 4 : 2; // sums in flight per token, against the latency of vpdpbusd
+  const int group = w.shape.group, units = group / 32;
+  const int64_t groups = w.shape.groups(), stride = groups * group;
+  const int64_t ahead = BITS ? kAheadBytes / 128 : kAheadBytes / 512;
+  const float half = float(1 << (8 - bits)) * 0.5f;
+  const __m512i mask = _mm512_set1_epi8(char(0xFF00 >> bits));
+  for (int64_t tile = tile0; tile < tile1; ++tile) {
+    __m512 acc[T];
+    for (int i = 0; i < T; ++i) acc[i] = _mm512_setzero_ps();
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t block = tile * groups + g;
+      const int8_t* q = x.q + g * group;
+      __m512i dot[T][kChains];
+      for (int i = 0; i < T; ++i)
+        for (int c = 0; c < kChains; ++c) dot[i][c] = _mm512_setzero_si512();
+      for (int u = 0; u < units; ++u, q += 32) {
+        prefetch_unit<BITS>(w, block * units + u, ahead);
+        unit_codes<BITS>(w, mask, block * units + u, [&](__m512i code, auto f) __attribute__((always_inline)) {
+          constexpr int F8 = decltype(f)::value;
+          for (int i = 0; i < T; ++i)
+            dot[i][F8 % kChains] = _mm512_dpbusd_epi32(dot[i][F8 % kChains], code, four(q + i * stride + 4 * F8));
+        });
+      }
+      const uint16_t* scales = w.affine + block * 2 * kTileRows;
+      prefetch(reinterpret_cast<const uint8_t*>(scales) + kAheadBytes);
+      const Affine affine(scales);
+      for (int i = 0; i < T; ++i) {
+        __m512i sum = dot[i][0];
+        for (int c = 1; c < kChains; ++c) sum = _mm512_add_epi32(sum, dot[i][c]);
+        const float t = float(x.sum[i * groups + g]);
+        acc[i] = affine.add(acc[i], sum, half * t, t, x.scale[i * groups + g]);
+      }
+    }
+    const __mmask16 rows = row_mask(w, tile);
+    for (int i = 0; i < T; ++i) _mm512_mask_storeu_ps(y + i * ldy + tile * kTileRows, rows, acc[i]);
+  }
+}
+
+// ---- many tokens: bound by vpdpbusd ------------------------------------------------------------------------------
+
+template <int BITS> void unpack(const Matrix& w, int bits, int64_t unit0, int64_t count, uint8_t* out) {
+  const __m512i mask = _mm512_set1_epi8(char(0xFF00 >> bits));
+  for (int64_t unit = unit0; unit < unit0 + count; ++unit, out += 512)
+    unit_codes<BITS>(w, mask, unit, [&](__m512i code, auto f) __attribute__((always_inline)) {
+      _mm512_store_si512(out + 64 * decltype(f)::value, code);
+    });
+}
+
+// A run of groups of one tile, unpacked.
+struct Chunk {
+  const uint8_t* codes;
+  const uint16_t* affine;
+  int64_t group0, count;
+  int group;
+  float half;
+  __mmask16 rows;
+};
+
+template <int T> void multiply_chunk(const Chunk& c, const Activations& x, int64_t groups, int64_t i0, float* y, int64_t ldy) {
+  const int64_t stride = groups * c.group;
+  const int8_t* q = x.q + i0 * stride + c.group0 * c.group;
+  const float* scale = x.scale + i0 * groups + c.group0;
+  alignas(64) float t[T][kMaxGroups], half_t[T][kMaxGroups];
+  __m512 acc[T];
+  for (int i = 0; i < T; ++i) {
+    acc[i] = c.group0 ? _mm512_maskz_loadu_ps(c.rows, y + i * ldy) : _mm512_setzero_ps();
+    const int32_t* sum = x.sum + (i0 + i) * groups + c.group0;
+    for (int64_t g = 0; g < c.count; ++g) {
+      t[i][g] = float(sum[g]);
+      half_t[i][g] = c.half * t[i][g];
+    }
+  }
+  const uint8_t* codes = c.codes;
+  for (int64_t g = 0; g < c.count; ++g) {
+    __m512i dot[T];
+    for (int i = 0; i < T; ++i) dot[i] = _mm512_setzero_si512();
+    for (int j = 0; j < c.group; j += 4, q += 4, codes += 64) {
+      const __m512i code = _mm512_load_si512(codes);
+      for (int i = 0; i < T; ++i) dot[i] = _mm512_dpbusd_epi32(dot[i], code, four(q + i * stride));
+    }
+    const Affine affine(c.affine + g * 2 * kTileRows);
+    for (int i = 0; i < T; ++i) acc[i] = affine.add(acc[i], dot[i], half_t[i][g], t[i][g], scale[i * groups + g]);
+  }
+  for (int i = 0; i < T; ++i) _mm512_mask_storeu_ps(y + i * ldy, c.rows, acc[i]);
+}
+
+template <int BITS>
+void multiply_many(const Matrix& w, int bits, const Activations& x, int64_t tile0, int64_t tile1, float* y, int64_t ldy) {
+  alignas(64) uint8_t codes[kChunkBytes];
+  const int group = w.shape.group, units = group / 32;
+  const int64_t groups = w.shape.groups(), most = kChunkBytes / (kTileRows * group);
+  const float half = float(1 << (8 - bits)) * 0.5f;
+  for (int64_t tile = tile0; tile < tile1; ++tile)
+    for (int64_t g = 0; g < groups; g += most) {
+      const int64_t count = least(most, groups - g), block = tile * groups + g;
+      unpack<BITS>(w, bits, block * units, count * units, codes);
+      // The next chunk comes in while this one is multiplied.
+      for (int64_t u = 0; u < count * units; ++u) prefetch_unit<BITS>(w, block * units + u, count * units);
+      const Chunk c{codes, w.affine + block * 2 * kTileRows, g, count, group, half, row_mask(w, tile)};
+      float* out = y + tile * kTileRows;
+      int64_t i = 0;
+      for (; i + kManyTokens <= x.m; i += kManyTokens) multiply_chunk<kManyTokens>(c, x, groups, i, out + i * ldy, ldy);
+      for (; i + 4 <= x.m; i += 4) multiply_chunk<4>(c, x, groups, i, out + i * ldy, ldy);
+      for (; i + 2 <= x.m; i += 2) multiply_chunk<2>(c, x, groups, i, out + i * ldy, ldy);
+      for (; i < x.m; ++i) multiply_chunk<1>(c, x, groups, i, out + i * ldy, ldy);
+    }
+}
+
+using Multiply = void (*)(const Matrix&, int, const Activations&, int64_t, int64_t, float*, int64_t);
+
+template <int BITS> Multiply choose(int64_t m) {
+  constexpr Multiply few[kFewTokens] = {multiply_few<BITS, 1>, multiply_few<BITS, 2>, multiply_few<BITS, 3>, multiply_few<BITS, 4>};
+  return m <= kFewTokens ? few[m - 1] : multiply_many<BITS>;
+}
+
+void matmul(const Matrix& w, int bits, const Activations& x, int64_t tile0, int64_t tile1, float* y, int64_t ldy) {
+  constexpr Multiply (*by_width[])(int64_t) = {choose<2>, choose<3>, choose<4>, choose<5>, choose<6>, choose<7>, choose<8>};
+  const int64_t groups = w.shape.groups(), stride = groups * w.shape.group;
+  const int64_t most = least(x.m, kTokenBytes / stride > 64 ? kTokenBytes / stride & -kManyTokens : 64);
+  for (int64_t i = 0; i < x.m; i += most) {
+    const Activations part{x.q + i * stride, x.scale + i * groups, x.sum + i * groups, least(most, x.m - i)};
+    (w.flat ? choose<0> : by_width[bits - kBaseBits])(part.m)(w, bits, part, tile0, tile1, y + i * ldy, ldy);
+  }
+}
+
+// ---- the other slots -----------------------------------------------------------------------------------------------
+
+inline __mmask16 first(int64_t n) { return n >= 16 ? __mmask16(0xFFFF) : __mmask16((1u << n) - 1); }
+inline __m512 halves(const uint16_t* p, __mmask16 k) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(k, p)); }
+
+void quantize(const float* x, int64_t cols, int group, int8_t* q, float* scale, int32_t* sum) {
+  const int64_t groups = (cols + group - 1) / group;
+  for (int64_t g = 0; g < groups; ++g, q += group) {
+    const float* in = x + g * group;
+    const int64_t n = least(group, cols - g * group);
+    __m512 top = _mm512_setzero_ps(); // max(x, top) keeps top where x is not a number, as fmax does
+    for (int64_t i = 0; i < n; i += 16) top = _mm512_max_ps(_mm512_abs_ps(_mm512_maskz_loadu_ps(first(n - i), in + i)), top);
+    float largest = _mm512_reduce_max_ps(top);
+    if (!(largest > 0x1p-100f)) largest = 0.0f;
+    const __m512 inverse = _mm512_set1_ps(largest > 0.0f ? 127.0f / largest : 0.0f);
+    __m512i total = _mm512_setzero_si512();
+    for (int64_t i = 0; i < group; i += 16) {
+      const __m512 v = i < n ? _mm512_maskz_loadu_ps(first(n - i), in + i) : _mm512_setzero_ps();
+      const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(v, inverse)); // rounds half to even
+      total = _mm512_add_epi32(total, code);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), _mm512_cvtepi32_epi8(code));
+    }
+    scale[g] = largest / 127.0f;
+    sum[g] = _mm512_reduce_add_epi32(total);
+  }
+}
+
+// sum of a(i, mask) * b(i, mask) over n floats, four sums in flight.
+template <class A, class B> inline float dot(int64_t n, A&& a, B&& b) {
+  __m512 acc[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64)
+    unrolled<4>([&](auto l) {
+      constexpr int L = decltype(l)::value;
+      acc[L] = _mm512_fmadd_ps(a(i + 16 * L, __mmask16(0xFFFF)), b(i + 16 * L, __mmask16(0xFFFF)), acc[L]);
+    });
+  for (; i < n; i += 16) acc[0] = _mm512_fmadd_ps(a(i, first(n - i)), b(i, first(n - i)), acc[0]);
+  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(acc[0], acc[1]), _mm512_add_ps(acc[2], acc[3])));
+}
+
+float dot_f32(const float* a, const float* b, int64_t n) {
+  return dot(n, [&](int64_t i, __mmask16 k) { return _mm512_maskz_loadu_ps(k, a + i); },
+             [&](int64_t i, __mmask16 k) { return _mm512_maskz_loadu_ps(k, b + i); });
+}
+
+float dot_f16(const uint16_t* a, const float* b, int64_t n) {
+  return dot(n, [&](int64_t i, __mmask16 k) { return halves(a + i, k); },
+             [&](int64_t i, __mmask16 k) { return _mm512_maskz_loadu_ps(k, b + i); });
+}
+
+float sum_squares(const float* x, int64_t n) { return dot_f32(x, x, n); }
+
+void axpy_f16(float alpha, const uint16_t* x, float* y, int64_t n) {
+  const __m512 a = _mm512_set1_ps(alpha);
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 k = first(n - i);
+    _mm512_mask_storeu_ps(y + i, k, _mm512_fmadd_ps(a, halves(x + i, k), _mm512_maskz_loadu_ps(k, y + i)));
+  }
+}
+
+// 2^n * p(r), x = n ln2 + r, |r| <= ln2/2; Taylor to r^6: relative error below 3e-7. scalef under- and overflows properly.
+inline __m512 exponential(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-150.0f), _mm512_min_ps(_mm512_set1_ps(150.0f), x)); // this order lets NaN through
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.0f / 720);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+
+float exp_sum(float* x, float offset, int64_t n) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 k = first(n - i);
+    const __m512 e = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(k, x + i), _mm512_set1_ps(offset)));
+    _mm512_mask_storeu_ps(x + i, k, e);
+    sum = _mm512_mask_add_ps(sum, k, sum, e);
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+void silu_mul(float* gate, const float* up, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 k = first(n - i);
+    const __m512 g = _mm512_maskz_loadu_ps(k, gate + i);
+    const __m512 below = _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(_mm512_sub_ps(_mm512_setzero_ps(), g)));
+    _mm512_mask_storeu_ps(gate + i, k, _mm512_mul_ps(_mm512_div_ps(g, below), _mm512_maskz_loadu_ps(k, up + i)));
+  }
+}
+
+void to_f16(const float* x, uint16_t* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 k = first(n - i);
+    _mm256_mask_storeu_epi16(y + i, k, _mm512_cvtps_ph(_mm512_maskz_loadu_ps(k, x + i), _MM_FROUND_TO_NEAREST_INT));
+  }
+}
+
+void to_f32(const uint16_t* x, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) _mm512_mask_storeu_ps(y + i, first(n - i), halves(x + i, first(n - i)));
+}
+
+uint64_t read_bytes(const uint8_t* p, int64_t n) {
+  __m512i acc[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
+  int64_t i = 0;
+  for (; i + 256 <= n; i += 256)
+    unrolled<4>([&](auto l) {
+      constexpr int L = decltype(l)::value;
+      prefetch(p + i + 64 * L + kAheadBytes);
+      acc[L] = _mm512_xor_si512(acc[L], load(p + i + 64 * L));
+    });
+  for (; i < n; i += 64) acc[0] = _mm512_xor_si512(acc[0], load(p + i));
+  alignas(64) uint64_t lane[8];
+  _mm512_store_si512(lane, _mm512_xor_si512(_mm512_xor_si512(acc[0], acc[1]), _mm512_xor_si512(acc[2], acc[3])));
+  return lane[0] ^ lane[1] ^ lane[2] ^ lane[3] ^ lane[4] ^ lane[5] ^ lane[6] ^ lane[7];
+}
+
+} // namespace
+
+const KernelTable kAvx512Table = {"avx512",    quantize, matmul,   dot_f32, dot_f16, axpy_f16,
+                                  sum_squares, exp_sum,  silu_mul, to_f16,  to_f32,  read_bytes};
+
+} // namespace d2moe

@@ -1,0 +1,1 @@
+"""Measuring: perplexity (here and by transformers on the unquantised checkpoint) and speed."""

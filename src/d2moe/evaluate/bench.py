@@ -1,0 +1,288 @@
+"""Speed of one request, and how far it is from what the machine could do.
+
+Each repeat feeds a prompt of running text to an empty sequence and generates greedily past end tokens. The first
+repeat starts with empty expert slots; speeds are medians over all repeats. Peak memory is read before the bandwidths
+are measured, because those need buffers of their own.
+
+`roofline` is the least time a token could take over the time it took: the larger of (bytes of weights and cache a token
+must touch / measured memory bandwidth) and (bytes it read from storage / measured storage bandwidth). 1 is perfect.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2moe.errors import ConfigError, RequestError
+from d2moe.runtime.generate import Model
+from d2moe.runtime.memory import peak_bytes, usable_cpus
+from d2moe.runtime.request import Progress
+from d2moe.runtime.sampling import SamplingParams
+
+READERS = 16
+"""Reads in flight while storage is measured."""
+MEASURE_S = 0.7
+"""About how long each bandwidth is measured."""
+TEXT = (
+    "Once upon a time there was a small lighthouse on a rock in the northern sea. Every evening the keeper climbed the "
+    "one hundred and twelve steps to the lamp, cleaned its glass and lit it, so that the ships could find their way. "
+    "The history of such towers is long: the Romans built them along the coasts of the empire, and in the nineteenth "
+    "century the lens of Augustin Fresnel let a lamp of modest power be seen twenty miles away. One winter a storm "
+    "broke the window, and the keeper had to think of something new. She took the mirror from her bedroom, a kettle, "
+    "and a length of rope, and said to the cat that they would not sleep tonight. "
+)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One repeat: seconds and counters of the prompt and of the tokens after the first."""
+
+    ttft_s: float
+    decode_s: float
+    tokens: int
+    prompt: Any
+    decode: Any
+
+
+def prompt_of(model: Model, n_tokens: int, text: str = TEXT) -> list[int]:
+    """`n_tokens` tokens of `text`, repeated as needed: routing of random tokens would not be that of any text."""
+    tokens = model.tokenizer.encode(text)
+    if not tokens:
+        raise RequestError("the prompt text has no tokens; give a longer one")
+    more = model.tokenizer.encode(text, add_special=False) or tokens
+    while len(tokens) < n_tokens:
+        tokens += more
+    return tokens[:n_tokens]
+
+
+def bench(
+    model: Model,
+    prompt: Sequence[int],
+    *,
+    generate: int = 64,
+    repeats: int = 3,
+    bits: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure; returns the JSON line's keys. What the engine does not count or the machine does not tell is None.
+
+    RequestError if prompt and answer do not fit the context together.
+    """
+    engine = model.engine
+    if generate < 2 or repeats < 1:
+        raise ConfigError(f"generate {generate} and repeats {repeats}: expected at least 2 tokens and 1 repeat")
+    if len(prompt) + generate - 1 > engine.context:
+        raise RequestError(
+            f"{len(prompt)} prompt tokens and {generate} generated ones do not fit the context of {engine.context}; "
+            "lower --prompt-tokens or --generate, or raise --context"
+        )
+    width = int(engine.config.bits if bits is None else bits)
+    params = SamplingParams(max_tokens=generate, ignore_eos=True, bits=width)
+    runs = []
+    for n in range(repeats):
+        for run in _repeat(model, prompt, params):
+            if isinstance(run, _Run):
+                runs.append(run)
+            elif progress is not None:
+                progress(n * generate + run, repeats * generate)
+    peak = peak_bytes()  # before the bandwidths, whose buffers are not the engine's
+    used = [run.decode for run in runs]
+    tokens = sum(run.tokens for run in runs)
+    seconds = sum(run.decode_s for run in runs)
+    token_s = statistics.median(run.decode_s / run.tokens for run in runs)
+    ttft_s = statistics.median(run.ttft_s for run in runs)
+    read = sum(c.read_bytes for c in used) / tokens
+    wanted = sum(c.wanted_bytes for c in used)
+    about = engine.describe()
+    return {
+        "generation_tokens_per_s": 1 / token_s,
+        "prompt_tokens_per_s": len(prompt) / ttft_s,
+        "ttft_s": ttft_s,
+        "ttft_first_s": runs[0].ttft_s,
+        "prompt_tokens": len(prompt),
+        "generated_tokens": generate,
+        "repeats": repeats,
+        "peak_bytes": peak,
+        "memory_bytes": about.get("budget", {}).get("memory"),
+        "expert_memory_bytes": about.get("budget", {}).get("experts"),
+        "read_bytes_per_token": read,
+        "prompt_read_bytes": runs[0].prompt.read_bytes,
+        "hit_rate": 1 - sum(c.missing_bytes for c in used) / wanted if wanted else 1.0,
+        "bits": sum(c.use_bits for c in used) / max(1, sum(c.uses for c in used)),
+        "stall_share": sum(c.stall_seconds for c in used) / seconds,
+        "decide_share": sum(c.decide_seconds for c in used) / seconds,
+        "python_share": python_share(model, prompt, params),
+        **_limits(model, width, len(prompt) + generate / 2, read, token_s),
+        "kernels": about.get("kernels"),
+        "threads": about.get("threads"),
+        "context": engine.context,
+        "budget": about.get("budget"),
+    }
+
+
+def _limits(model: Model, bits: int, position: float, read: float, token_s: float) -> dict[str, Any]:
+    """The roofline and what it is made of; None where a bandwidth cannot be measured."""
+    container = getattr(model.engine, "container", None)
+    if container is None:
+        return {"roofline": None, "tier": None}
+    about = model.engine.describe()
+    touched = touched_bytes(model, bits, position)
+    memory_rate = memory_bandwidth(about["threads"])
+    storage_rate = storage_bandwidth(container, bits)
+    least = [n_bytes / rate for n_bytes, rate in ((touched, memory_rate), (read, storage_rate)) if rate]
+    return {
+        "roofline": max(least) / token_s if least else None,
+        "touched_bytes_per_token": touched,
+        "memory_bandwidth_bytes_per_s": memory_rate,
+        "storage_bandwidth_bytes_per_s": storage_rate,
+        "tier": tier(container.path, bool(about["direct"])),
+    }
+
+
+def _repeat(model: Model, prompt: Sequence[int], params: SamplingParams) -> Iterator[int | _Run]:
+    """The number of tokens so far after each, then the measurement."""
+    before, start = model.engine.counters.snapshot(), time.perf_counter()
+    first, middle, count = 0.0, before, 0
+    for _ in model.stream(prompt, params):
+        count += 1
+        if count == 1:
+            first, middle = time.perf_counter(), model.engine.counters.snapshot()
+        yield count
+    end, after = time.perf_counter(), model.engine.counters.snapshot()
+    yield _Run(first - start, end - first, count - 1, middle - before, after - middle)
+
+
+class _Timed:
+    """Stands in for an object of the compiled core and adds up the time spent in its calls."""
+
+    def __init__(self, target: Any, spent: list[float]):
+        self._target, self._spent = target, spent
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._target, name)
+        if not callable(value):
+            return value
+
+        def call(*args: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return value(*args)
+            finally:
+                self._spent[0] += time.perf_counter() - start
+
+        # Found directly the next time, so that the measuring itself costs little.
+        self.__dict__[name] = call
+        return call
+
+
+def python_share(model: Model, prompt: Sequence[int], params: SamplingParams) -> float | None:
+    """Share of a token's wall time outside the compiled core (deciding, calling, sampling, text), by one more repeat."""
+    decoder, streamer = getattr(model.engine, "decoder", None), getattr(model.engine, "_streamer", None)
+    if decoder is None or streamer is None:
+        return None
+    spent = [0.0]
+    places = [(streamer, "experts"), (decoder, "ends")]
+    places += [(layer, name) for layer in decoder.layers for name in ("attention", "router", "feed_forward")]
+    originals = [(owner, name, getattr(owner, name)) for owner, name in places]
+    try:
+        for owner, name, target in originals:
+            if target is not None:
+                setattr(owner, name, _Timed(target, spent))
+        start = 0.0
+        for count, _ in enumerate(model.stream(prompt, params)):
+            if count == 0:
+                spent[0], start = 0.0, time.perf_counter()
+        return max(0.0, 1 - spent[0] / (time.perf_counter() - start))
+    finally:
+        for owner, name, target in originals:
+            setattr(owner, name, target)
+
+
+def touched_bytes(model: Model, bits: int, position: float) -> int:
+    """Bytes of weights and key-value cache that one token at `position` must read at least once."""
+    container, shape = model.engine.container, model.engine.shape  # type: ignore[attr-defined]
+    dense = container.dense_bytes
+    if not shape.tied_embeddings:  # one row of the embedding; tied, all of it is read as the head
+        dense -= sum(e.n_bytes for name, e in container.dense.items() if name.startswith("embed."))
+    experts = len(container.moe_layers) * shape.top_k * container.record.prefix_bytes(bits)
+    past = sum(min(position, w) if w else position for w in shape.windows)
+    return int(dense + experts + past * 2 * shape.kv_heads * shape.head_dim * 2)  # keys and values in float16
+
+
+def memory_bandwidth(threads: int | None) -> float | None:
+    """Bytes per second that plain reads of memory far larger than the caches reach with `threads` threads."""
+    from d2moe.kernels import native
+
+    rate = native.read_bandwidth(256 << 20, threads or usable_cpus(), MEASURE_S)
+    return float(rate) if rate else None
+
+
+def storage_bandwidth(container: Any, bits: int) -> float | None:
+    """Bytes per second of direct reads of expert prefixes at random, READERS at a time; None where direct I/O is refused."""
+    size = container.record.prefix_bytes(bits)
+    flags = os.O_RDONLY | getattr(os, "O_DIRECT", 0)
+    if not hasattr(os, "O_DIRECT"):
+        return None
+    files: dict[int, int] = {}
+    try:
+        for layer in container.moe_layers:
+            files[layer] = os.open(container.expert_path(layer), flags)
+        end = time.perf_counter() + MEASURE_S
+
+        def reader(seed: int) -> int:
+            draw, total = random.Random(seed), 0
+            with mmap.mmap(-1, size) as buffer:  # page aligned, as direct reads demand
+                while time.perf_counter() < end:
+                    layer, expert = draw.choice(container.moe_layers), draw.randrange(container.experts)
+                    total += os.preadv(files[layer], [buffer], container.expert_offset(layer, expert))
+            return total
+
+        start = time.perf_counter()
+        with ThreadPoolExecutor(READERS) as pool:
+            total = sum(pool.map(reader, range(READERS)))
+        return total / (time.perf_counter() - start)
+    except OSError:  # a file system without direct I/O says so at open or at the first read
+        return None
+    finally:
+        for file in files.values():
+            os.close(file)
+
+
+def tier(path: Path, direct: bool) -> str:
+    """Where the experts come from, in words: "direct I/O from ext4 on nvme0n1 (solid state)"."""
+    how = "direct I/O" if direct else "page cache"
+    number = path.stat().st_dev
+    name, kind = f"device {os.major(number)}:{os.minor(number)}", ""
+    system = _file_system(path)
+    block = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    if block.exists():
+        disk = block.resolve()
+        name = disk.name
+        for folder in (disk, disk.parent):  # a partition's queue is its disk's
+            if (folder / "queue" / "rotational").is_file():
+                kind = " (disk)" if (folder / "queue" / "rotational").read_text().strip() == "1" else " (solid state)"
+                break
+    return f"{how} from {system or 'unknown file system'} on {name}{kind}"
+
+
+def _file_system(path: Path) -> str | None:
+    """Type of the file system that holds `path`: that of the longest mount point above it."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return None
+    here, best, found = path.resolve(), -1, None
+    for line in lines:
+        left, _, right = line.partition(" - ")
+        mount = Path(left.split()[4].replace("\\040", " "))
+        if (here == mount or mount in here.parents) and len(mount.parts) >= best:
+            best, found = len(mount.parts), right.split()[0]
+    return found

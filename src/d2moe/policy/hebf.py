@@ -1,0 +1,93 @@
+"""Hottest-expert-bit-first (arXiv 2504.15299, section on scheduling), in its first form.
+
+Demand is the number of tokens that want an expert; experts are read in order of falling demand, each from the bits it
+has to the most bits that any token wants, in one contiguous read. Deviation: the paper orders single planes; with one
+width for all tokens of a step the orders are the same.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from d2moe.errors import MemoryBudgetError
+from d2moe.policy.ledger import Ledger
+from d2moe.policy.plan import Plan, Wave
+
+I32 = npt.NDArray[np.int32]
+
+_NOTHING = np.zeros((0, 3), np.int32)
+
+
+def plan(ledger: Ledger, layer: int, ids: I32, bits: I32) -> Plan:
+    """Plan one layer for expert choices `ids` and widths `bits`, both int32 [tokens, top_k]; updates the ledger.
+
+    Raises MemoryBudgetError if the limit does not hold even one expert at its width.
+    """
+    if len(ids) == 1:
+        experts, widths, demand = ids[0], bits[0], None
+    else:
+        counts = np.bincount(ids.reshape(-1), minlength=ledger.experts)
+        most = np.zeros(ledger.experts, np.int32)
+        np.maximum.at(most, ids.reshape(-1), bits.reshape(-1))
+        experts = np.flatnonzero(counts).astype(np.int32)
+        widths, demand = most[experts], counts[experts]
+    have = ledger.width[layer, experts]
+    wanted = int(ledger.prefix_bytes[widths].sum())
+    missing = int((ledger.prefix_bytes[widths] - ledger.prefix_bytes[np.minimum(have, widths)]).sum())
+    ledger.touch(layer, experts, widths)
+    if not missing:
+        return Plan([Wave(_NOTHING, _NOTHING, experts)], wanted, 0)
+    order = np.arange(len(experts)) if demand is None else np.argsort(-demand, kind="stable")
+    # What is resident comes first: it can be computed while the rest is read.
+    order = order[np.argsort(have[order] < widths[order], kind="stable")]
+    items = [(int(experts[i]), int(widths[i])) for i in order]
+    return Plan(_waves(ledger, layer, items), wanted, missing)
+
+
+def _waves(ledger: Ledger, layer: int, items: list[tuple[int, int]]) -> list[Wave]:
+    """Cut the layer into waves that fit: all at once, or pieces of half the limit so that two fit side by side."""
+    cost = {e: int(ledger.prefix_bytes[max(w, int(ledger.width[layer, e]))]) for e, w in items}
+    largest = max(cost.values())
+    if largest > ledger.limit_bytes:
+        raise MemoryBudgetError(
+            f"one expert needs {largest:,} bytes and the budget leaves {ledger.limit_bytes:,} for experts; "
+            "allow more memory or fewer bits"
+        )
+    if sum(cost.values()) <= ledger.limit_bytes:
+        pieces = [items]
+    else:
+        room = max(ledger.limit_bytes // 2, largest)
+        pieces, filled = [[]], 0
+        for item in items:
+            if filled + cost[item[0]] > room and pieces[-1]:
+                pieces.append([])
+                filled = 0
+            pieces[-1].append(item)
+            filled += cost[item[0]]
+    waves: list[Wave] = []
+    before: set[int] = set()
+    for piece in pieces:
+        now = {e for e, _ in piece}
+        wave = _wave(ledger, layer, piece, now | before)
+        if wave is None:  # two pieces do not fit side by side: let go of the one before
+            wave = _wave(ledger, layer, piece, now)
+        assert wave is not None, "a piece alone always fits"
+        waves.append(wave)
+        before = now
+    return waves
+
+
+def _wave(ledger: Ledger, layer: int, piece: list[tuple[int, int]], pinned: set[int]) -> Wave | None:
+    reads = [(e, w) for e, w in piece if ledger.width[layer, e] < w]
+    more = sum(int(ledger.prefix_bytes[w] - ledger.prefix_bytes[ledger.width[layer, e]]) for e, w in reads)
+    freed = ledger.make_room(more, layer, pinned)
+    if freed is None:
+        return None
+    for e, w in reads:
+        ledger.grow(layer, e, w)
+    return Wave(
+        np.array([(la, e, b) for (la, e), b in freed.items()], np.int32).reshape(-1, 3),
+        np.array([(layer, e, w) for e, w in reads], np.int32).reshape(-1, 3),
+        np.array([e for e, _ in piece], np.int32),
+    )

@@ -1,0 +1,108 @@
+"""The one bookkeeping of residency: how many bits of each expert are in memory, under a byte limit.
+
+Planes of an expert are resident as a prefix, so one small integer per expert says all. What a plane is worth is its
+decayed demand: every step that wants a plane adds 2**(now/HALF_LIFE) to its value, kept as a base-2 logarithm so that
+older demands fade without touching the table. By nesting, whoever wants a plane wants all lower ones, so a lower plane
+is never worth less than a higher one: evicting the least valuable plane first, the higher one among equals, is the
+paper's "highest bit first, base last" (arXiv 2504.15299, section on the memory budget) and keeps whole experts
+together when all tokens ask for the same width.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import numpy.typing as npt
+
+from d2moe.types import BASE_BITS, MAX_BITS
+
+I32 = npt.NDArray[np.int32]
+
+HALF_LIFE = 128
+"""Layer calls after which a demand counts half; chosen by measurement over 16 to 4096 (docs/log.md)."""
+SEGMENTS = MAX_BITS - BASE_BITS + 1
+VICTIM_BATCH = 128
+
+
+class Ledger:
+    """Residency of `layers` × `experts` experts. `base_bytes` and `plane_bytes` are what a slot of each kind holds."""
+
+    def __init__(self, layers: int, experts: int, base_bytes: int, plane_bytes: int, limit_bytes: int):
+        self.layers, self.experts = layers, experts
+        self.base_bytes, self.plane_bytes, self.limit_bytes = base_bytes, plane_bytes, limit_bytes
+        self.width = np.zeros((layers, experts), np.int32)
+        self.used_bytes = 0
+        self.prefix_bytes = np.array(
+            [0, 0, *(base_bytes + plane_bytes * i for i in range(SEGMENTS))], np.int64
+        )  # by width in bits
+        self._value = np.full((layers, experts, SEGMENTS), -np.inf)
+        self._now = 0
+        self._victims: deque[tuple[int, float]] = deque()
+        # Among equal values the higher plane goes first.
+        self._tie = np.arange(SEGMENTS) * -1e-9
+
+    def touch(self, layer: int, experts: I32, bits: I32) -> None:
+        """Note one step's demand: distinct `experts` [n] of `layer`, each at the greatest width asked of it."""
+        self._now += 1
+        wanted = np.arange(SEGMENTS) <= (bits - BASE_BITS)[:, None]
+        old = self._value[layer, experts]
+        new = np.logaddexp2(old, self._now / HALF_LIFE)
+        self._value[layer, experts] = np.where(wanted, new, old)
+
+    def grow(self, layer: int, expert: int, bits: int) -> None:
+        """The expert now has (or is being read up to) `bits`."""
+        have = self.width[layer, expert]
+        if bits > have:
+            self.used_bytes += int(self.prefix_bytes[bits] - self.prefix_bytes[have])
+            self.width[layer, expert] = bits
+
+    def shrink(self, layer: int, expert: int, bits: int) -> None:
+        """Only `bits` of the expert stay."""
+        have = self.width[layer, expert]
+        if bits < have:
+            self.used_bytes -= int(self.prefix_bytes[have] - self.prefix_bytes[bits])
+            self.width[layer, expert] = bits
+
+    def make_room(self, n_bytes: int, pinned_layer: int, pinned: set[int]) -> dict[tuple[int, int], int] | None:
+        """Shrink the least valuable experts until `n_bytes` more fit; returns {(layer, expert): bits that stay}.
+
+        Experts `pinned` of `pinned_layer` are kept. None if even evicting all others would not do (nothing changed
+        then).
+        """
+        short = self.used_bytes + n_bytes - self.limit_bytes
+        if short <= 0:
+            return {}
+        kept = sum(int(self.prefix_bytes[self.width[pinned_layer, e]]) for e in pinned)
+        if self.used_bytes - kept < short:
+            return None
+        out: dict[tuple[int, int], int] = {}
+        while self.used_bytes + n_bytes > self.limit_bytes:
+            layer, expert, segment = self._next_victim(pinned_layer, pinned)
+            bits = segment + BASE_BITS - 1 if segment else 0
+            self.shrink(layer, expert, bits)
+            out[layer, expert] = bits
+        return out
+
+    def _next_victim(self, pinned_layer: int, pinned: set[int]) -> tuple[int, int, int]:
+        """The least valuable resident plane that is not pinned; candidates are found a batch at a time."""
+        for fresh in range(3):
+            while self._victims:
+                flat, value = self._victims.popleft()
+                layer, rest = divmod(flat, self.experts * SEGMENTS)
+                expert, segment = divmod(rest, SEGMENTS)
+                resident = self.width[layer, expert] - BASE_BITS == segment
+                if resident and self._value[layer, expert, segment] == value:
+                    if layer == pinned_layer and expert in pinned:
+                        continue
+                    return layer, expert, segment
+            key = np.where(np.arange(SEGMENTS) <= (self.width - BASE_BITS)[..., None], self._value + self._tie, np.inf)
+            if fresh:
+                key[pinned_layer, list(pinned)] = np.inf
+            flat_key = key.reshape(-1)
+            count = min(VICTIM_BATCH if fresh < 2 else flat_key.size, flat_key.size)
+            order = np.argpartition(flat_key, count - 1)[:count]
+            order = order[np.argsort(flat_key[order], kind="stable")]
+            values = self._value.reshape(-1)
+            self._victims.extend((int(i), float(values[i])) for i in order if np.isfinite(flat_key[i]))
+        raise AssertionError("make_room checked that there are victims")

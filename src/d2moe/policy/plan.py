@@ -1,0 +1,34 @@
+"""A layer's plan: what crosses from deciding to doing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+I32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Wave:
+    """One step of a layer: evict, then start reading, then compute `experts` (int32 [n]).
+
+    `evict` and `read` are int32 [n, 3] of layer, expert, bits that stay or bits to have. Reads are started in order.
+    """
+
+    evict: I32
+    read: I32
+    experts: I32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Waves in order; wave i+1's evictions touch nothing that wave i computes, so its reads overlap that computation.
+
+    `wanted_bytes` is what the layer asked for, `missing_bytes` what of it must be read: their ratio is the hit rate.
+    """
+
+    waves: list[Wave] = field(default_factory=list)
+    wanted_bytes: int = 0
+    missing_bytes: int = 0

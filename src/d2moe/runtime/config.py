@@ -1,0 +1,80 @@
+"""Options of an engine. Everything a user may set when a model is loaded; what varies per request is SamplingParams."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from typing import Any
+
+from d2moe.errors import ConfigError
+from d2moe.types import check_width
+
+_UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+KERNELS = ("native", "scalar", "avx2", "avx512", "reference", "reference-float")
+
+
+def parse_bytes(text: str | int, name: str = "memory") -> int:
+    """Bytes of "256MB", "1.5 GiB", "4g" or a plain number; ConfigError names `name` and shows the accepted forms."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        value = float(text)
+    else:
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", str(text))
+        if not match or match[2].lower() not in _UNITS:
+            raise ConfigError(f"{name} is {text!r}, expected a number of bytes with a unit, such as 256MB, 1.5GiB or 6GB")
+        value = float(match[1]) * _UNITS[match[2].lower()]
+    if value <= 0:
+        raise ConfigError(f"{name} is {text!r}, expected more than nothing")
+    return int(value)
+
+
+def show_bytes(n: float) -> str:
+    """`n` bytes for people, in decimal units."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{int(n)} B"
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """`memory_bytes`: the whole process; None takes what the model needs, up to 80 % of the memory that is free.
+    `expert_memory_bytes`: expert slots alone, instead of all that `memory_bytes` leaves.
+    `bits`: the width of requests that name none. `context`: tokens a sequence may hold (default: the model's, at most
+    4096). `threads`: default all CPUs this process may use. `chunk_tokens`: tokens of a prompt computed at a time.
+    `max_sequences`: sequences that may be alive at once. `kernels`: a kernel table, or the NumPy twin.
+    `direct`: read experts past the page cache. `read_depth`: reads in flight.
+    """
+
+    memory_bytes: int | None = None
+    expert_memory_bytes: int | None = None
+    bits: int = 4
+    context: int | None = None
+    threads: int | None = None
+    chunk_tokens: int | None = None
+    max_sequences: int = 1
+    kernels: str = "native"
+    direct: bool = True
+    read_depth: int = 4
+
+    def __post_init__(self) -> None:
+        check_width(self.bits)
+        for name in ("memory_bytes", "expert_memory_bytes", "context", "threads", "chunk_tokens", "max_sequences", "read_depth"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} is {value!r}, expected a whole number from 1 on")
+        if self.kernels not in KERNELS:
+            raise ConfigError(f"kernels is {self.kernels!r}, expected one of {', '.join(KERNELS)}")
+
+    @classmethod
+    def from_options(cls, **options: Any) -> EngineConfig:
+        """From keyword arguments; `memory` and `expert_memory` may be text like "6GB". Unknown names: ConfigError."""
+        for short in ("memory", "expert_memory"):
+            if options.get(short) is not None:
+                options[f"{short}_bytes"] = parse_bytes(options[short], short)
+            options.pop(short, None)
+        known = {f.name for f in fields(cls)}
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"unknown engine option {name!r}, expected one of {', '.join(sorted(known))}")
+        return cls(**options)

@@ -1,0 +1,192 @@
+"""One model in memory: step() feeds tokens of any sequences and answers logits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from d2moe.container import Container
+from d2moe.errors import ConfigError, RequestError
+from d2moe.kernels import reference
+from d2moe.models import shape_from_config
+from d2moe.models.layers import Decoder, Places
+from d2moe.policy.ledger import Ledger
+from d2moe.runtime import memory
+from d2moe.runtime.config import EngineConfig
+from d2moe.runtime.kv import BLOCK_TOKENS, Pages, Sequence
+from d2moe.runtime.request import Chunk
+from d2moe.runtime.streamer import Counters, Streamer
+from d2moe.types import check_width, padded
+
+F32 = npt.NDArray[np.float32]
+DEFAULT_CONTEXT = 4096
+
+
+class Engine:
+    """Use `Engine.load`. Not thread-safe: one step at a time."""
+
+    def __init__(self, container: Container, config: EngineConfig, progress: Callable[[int, int], None] | None = None):
+        where = str(container.path)
+        self.container, self.config = container, config
+        ignored = container.manifest.source.get("ignored_config_keys", [])
+        self.shape = shape = shape_from_config(container.config, f"{where}/config.json", ignored)
+        self.context = config.context or min(shape.context, DEFAULT_CONTEXT)
+        if self.context > shape.context:
+            raise ConfigError(f"{where}: a context of {self.context} tokens is more than the {shape.context} the model was made for")
+        threads = config.threads or memory.usable_cpus()
+        record, layers = container.record, container.moe_layers
+        self.budget = memory.split(
+            config,
+            shape,
+            group=record.group,
+            dense=container.dense_bytes,
+            all_experts=record.record_bytes * len(layers) * container.experts,
+            one_expert=record.record_bytes,
+            context=self.context,
+            threads=threads,
+            where=where,
+        )
+        chunk = self.budget.chunk_tokens
+        scratch = memory.scratch_bytes(shape, record.group, chunk, self.context, threads)
+        backend: Any = reference
+        if config.kernels.startswith("reference"):
+            activations = "float" if config.kernels == "reference-float" else "int8"
+            self.runtime: Any = reference.Runtime(activations=activations)
+        else:
+            from d2moe.kernels import native as backend  # the compiled part is loaded only where it runs
+
+            try:
+                self.runtime = backend.Runtime(threads, None if config.kernels == "native" else config.kernels, scratch)
+            except (ValueError, RuntimeError) as error:
+                raise ConfigError(str(error)) from None
+        blocks = padded(self.context, BLOCK_TOKENS) // BLOCK_TOKENS * config.max_sequences
+        self.kv = backend.KvCache(shape.layers, blocks, BLOCK_TOKENS, shape.kv_heads, shape.head_dim)
+        self._pages = Pages(self.kv, blocks, self.context)
+        self.experts = backend.Experts(
+            self.runtime,
+            layers=len(layers),
+            experts=container.experts,
+            hidden=shape.hidden,
+            inner=shape.expert_inner,
+            group=record.group,
+            base_bytes=record.base_bytes,
+            plane_bytes=record.plane_bytes,
+            paths=[str(container.expert_path(layer)) for layer in layers],
+            offsets=[container.expert_offset(layer, 0) for layer in layers],
+            direct=config.direct,
+            depth=config.read_depth,
+        )
+        self.experts.set_limit(self.budget.experts)
+        self.ledger = Ledger(len(layers), container.experts, record.base_bytes, record.plane_bytes, self.budget.experts)
+        self.counters = Counters()
+        self._streamer = Streamer(self.experts, self.ledger, self.counters, backend.StorageFailure, chunk, shape.top_k)
+        report = (lambda index: progress(index + 1, shape.layers)) if progress else None
+        self.decoder = Decoder(backend, self.runtime, shape, container, record.group, chunk, report)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, config: EngineConfig | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> Engine:
+        """Open a container and bring its dense weights into memory; experts come when tokens ask for them.
+
+        `progress(layers done, layers)` is called while dense weights are read. Raises ContainerError, ConfigError, and
+        MemoryBudgetError before anything large is loaded.
+        """
+        return cls(Container.open(path), config or EngineConfig(), progress)
+
+    def new_sequence(self) -> Sequence:
+        return Sequence(self._pages)
+
+    def step(self, chunks: list[Chunk]) -> F32:
+        """Append each chunk's tokens to its sequence; logits float32 [rows, vocab] of the rows asked for, in order.
+
+        Prompts longer than the engine's chunk are fed in pieces; the result does not depend on the cut. Raises
+        RequestError before anything is computed, StorageError if a read fails (the sequences keep their length then).
+        """
+        begin = time.perf_counter()
+        plans = [self._checked(c) for c in chunks]
+        lengths = [c.sequence.length for c in chunks]
+        outputs: list[F32] = []
+        try:
+            for c, tokens in zip(chunks, plans, strict=True):
+                c.sequence.reserve(len(tokens))
+            if sum(map(len, plans)) <= self.decoder.max_tokens:
+                outputs.append(self._pass([(c, t, c.logits) for c, t in zip(chunks, plans, strict=True)]))
+            else:
+                for c, tokens in zip(chunks, plans, strict=True):
+                    for at in range(0, len(tokens), self.decoder.max_tokens):
+                        piece = tokens[at : at + self.decoder.max_tokens]
+                        final = at + len(piece) == len(tokens)
+                        outputs.append(self._pass([(c, piece, c.logits if final or c.logits == "all" else "none")]))
+        except BaseException:
+            for c, length in zip(chunks, lengths, strict=True):
+                c.sequence.length = length
+            raise
+        counters = self.counters
+        counters.read_bytes, counters.reads, stall, compute, _ = self.experts.counters
+        counters.stall_seconds, counters.compute_seconds = stall / 1e9, compute / 1e9
+        counters.steps += 1
+        counters.step_seconds += time.perf_counter() - begin
+        return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
+
+    def _checked(self, chunk: Chunk) -> npt.NDArray[np.int32]:
+        tokens = np.ascontiguousarray(chunk.tokens, np.int32)
+        if tokens.ndim != 1 or not len(tokens):
+            raise RequestError("a chunk needs at least one token")
+        if tokens.min() < 0 or tokens.max() >= self.shape.vocab:
+            raise RequestError(f"token ids run from 0 to {self.shape.vocab - 1}, found {tokens.min()} to {tokens.max()}")
+        try:
+            check_width(chunk.bits)
+        except ConfigError as error:
+            raise RequestError(str(error)) from None
+        return tokens
+
+    def _pass(self, items: list[tuple[Chunk, npt.NDArray[np.int32], str]]) -> F32:
+        """One forward pass over at most max_tokens tokens."""
+        position: list[npt.NDArray[np.int32]] = []
+        sequence, rows, at = [], [], 0
+        for index, (chunk, tokens, wanted) in enumerate(items):
+            n, start = len(tokens), chunk.sequence.length
+            position.append(np.arange(start, start + n, dtype=np.int32))
+            sequence.append(np.full(n, index, np.int32))
+            self._streamer.bits[at : at + n] = chunk.bits
+            self.counters.use_bits += chunk.bits * n * self.shape.top_k * len(self.shape.moe_layers)
+            rows += list(range(at, at + n)) if wanted == "all" else [at + n - 1] if wanted == "last" else []
+            at += n
+        places = Places(
+            np.concatenate(position), np.concatenate(sequence), np.stack([c.sequence.table() for c, _, _ in items])
+        )
+        tokens = np.concatenate([t for _, t, _ in items])
+        out = self.decoder.forward(tokens, places, self.kv, self._streamer, np.array(rows, np.int32))
+        for chunk, part, _ in items:
+            chunk.sequence.length += len(part)
+        self.counters.tokens += at
+        return out
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for reports: kernel table, threads, storage path, how the budget is split (bytes)."""
+        return {
+            "kernels": self.runtime.table,
+            "threads": self.runtime.threads,
+            "direct": bool(self.experts.direct),
+            "context": self.context,
+            "budget": self.budget.as_dict(),
+        }
+
+    def close(self) -> None:
+        """Give everything back; the engine cannot be used afterwards."""
+        self.__dict__.pop("decoder", None)
+        self.__dict__.pop("_streamer", None)
+        self.__dict__.pop("experts", None)
+        self.__dict__.pop("kv", None)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
