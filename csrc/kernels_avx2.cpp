@@ -150,8 +150,9 @@ template <int BITS, int T> void multiply_chunk(const Chunk& c, const Activations
 template <int BITS>
 void multiply(const Matrix& w, const Activations& x, int64_t tile0, int64_t tile1, float* y, int64_t ldy) {
   alignas(64) uint8_t codes[kChunkBytes];
+  const bool few = x.m <= kFewTokens;
   const int group = w.shape.group, units = group / 32;
-  const int64_t groups = w.shape.groups(), most = x.m <= kFewTokens ? 1 : kChunkBytes / (kTileRows * group);
+  const int64_t groups = w.shape.groups(), most = few ? 1 : kChunkBytes / (kTileRows * group);
   for (int64_t tile = tile0; tile < tile1; ++tile) {
     float* out = y + tile * kTileRows;
     const int64_t rows = least(w.shape.rows - tile * kTileRows, kTileRows);
@@ -162,14 +163,13 @@ void multiply(const Matrix& w, const Activations& x, int64_t tile0, int64_t tile
       unpack<BITS>(w, block * units, c.count * units, codes);
       for (int64_t i = 0; i < x.m;) {
         const int64_t n = x.m - i >= 4 ? 4 : x.m - i >= 2 ? 2 : 1;
-        float* a = acc + (most == 1 && x.m <= kFewTokens ? i * kTileRows : 0);
-        const bool via_y = x.m > kFewTokens;
-        for (int64_t k = 0; via_y && k < n; ++k)
+        float* a = acc + (few ? i * kTileRows : 0);
+        for (int64_t k = 0; !few && k < n; ++k)
           for (int64_t r = 0; r < rows; ++r) a[k * kTileRows + r] = g ? out[(i + k) * ldy + r] : 0.0f;
         if (n == 4) multiply_chunk<BITS, 4>(c, x, groups, i, a);
         else if (n == 2) multiply_chunk<BITS, 2>(c, x, groups, i, a);
         else multiply_chunk<BITS, 1>(c, x, groups, i, a);
-        for (int64_t k = 0; (via_y || g + most >= groups) && k < n; ++k)
+        for (int64_t k = 0; (!few || g + 1 == groups) && k < n; ++k)
           for (int64_t r = 0; r < rows; ++r) out[(i + k) * ldy + r] = a[k * kTileRows + r];
         i += n;
       }

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 
 from d2moe.errors import ConfigError, RequestError
 from d2moe.runtime.generate import Model
@@ -88,7 +89,12 @@ class ToyEngine:
                 rows.append(self.row(sequence.tokens, sequence.prompt, chunk.bits))
             c = self.counters
             n = len(chunk.tokens)
-            c.tokens, c.uses, c.use_bits, c.read_bytes = c.tokens + n, c.uses + n, c.use_bits + n * chunk.bits, c.read_bytes + 100 * n
+            c.tokens, c.uses, c.use_bits, c.read_bytes = (
+                c.tokens + n,
+                c.uses + n,
+                c.use_bits + n * chunk.bits,
+                c.read_bytes + 100 * n,
+            )
             c.wanted_bytes, c.missing_bytes = c.wanted_bytes + 2 * n, c.missing_bytes + n
         return np.stack(rows) if rows else np.empty((0, 257), np.float32)
 
@@ -145,7 +151,9 @@ def test_a_stop_text_is_cut_and_never_leaks(stop: Any) -> None:
     m = model("hello world again")
     pieces = list(m.stream("a", stop=stop))
     text = "".join(p.text for p in pieces)
-    expected = min("hello world again".find(s) for s in ([stop] if isinstance(stop, str) else stop) if s in "hello world again")
+    expected = min(
+        "hello world again".find(s) for s in ([stop] if isinstance(stop, str) else stop) if s in "hello world again"
+    )
     if stop == ["zzz", "ld", "rld"]:
         expected = len("hello wo")  # both end at the same letter; the longer one begins first
     assert text == "hello world again"[:expected]
@@ -211,7 +219,7 @@ def test_requests_that_cannot_be_served() -> None:
     ]:  # fmt: skip
         with pytest.raises(RequestError, match=message):
             m.stream(prompt)  # refused at the call, not at the first piece
-    with pytest.raises(RequestError, match=r"toy\.d2moe has no width of 8 bits, it has 2, 3, 4"):
+    with pytest.raises(RequestError, match=r"toy\.d2moe has no width of 8 bits, choose one of 2, 3, 4"):
         m.generate("a", bits=8)
     with pytest.raises(ConfigError, match="did you mean 'max_tokens'"):
         m.generate("a", max_token=3)

@@ -36,7 +36,10 @@ def test_windows_without_overlap_score_every_token_but_the_first_once() -> None:
     assert len(table) == 468 and table[-1] == Window(119_552, 119_808, 119_553)
 
 
-@pytest.mark.parametrize(("n", "context", "stride", "limit"), [(10, 4, 2, None), (50, 16, 1, None), (50, 7, 3, 20), (2, 8, 8, None), (9, 8, 8, 99)])
+@pytest.mark.parametrize(
+    ("n", "context", "stride", "limit"),
+    [(10, 4, 2, None), (50, 16, 1, None), (50, 7, 3, 20), (2, 8, 8, None), (9, 8, 8, 99)],
+)
 def test_every_token_is_scored_once_and_in_a_window(n: int, context: int, stride: int, limit: int | None) -> None:
     cut = list(windows(n, context, stride, limit))
     scored = [t for w in cut for t in range(w.first, w.end + 1)]
@@ -54,12 +57,16 @@ def test_numbers_that_make_no_protocol(context: int, stride: int, limit: int | N
 
 @pytest.mark.parametrize(("context", "stride"), [(64, 64), (64, 16), (10, 10), (50, 7)])
 @pytest.mark.parametrize("rows", [1, 5, 1000])
-def test_the_sum_equals_a_direct_one_however_it_is_fed(context: int, stride: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sum_equals_a_direct_one_however_it_is_fed(
+    context: int, stride: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "LOGITS_BYTES", rows * 4 * 257)
     engine = ToyEngine()
     tokenizer = Tokenizer(bytes_backend())
     seen: list[tuple[int, int]] = []
-    got = perplexity(engine, TOKENS, tokenizer=tokenizer, context=context, stride=stride, bits=3, progress=lambda *a: seen.append(a))
+    got = perplexity(
+        engine, TOKENS, tokenizer=tokenizer, context=context, stride=stride, bits=3, progress=lambda *a: seen.append(a)
+    )
     expected = direct(engine, TOKENS, context, stride, 3)
     assert got.nll == pytest.approx(expected, rel=1e-6)
     assert got.perplexity == pytest.approx(math.exp(expected / 299), rel=1e-6)

@@ -34,8 +34,9 @@ def draw(n: int, logits: np.ndarray = LOGITS, **values: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("max_tokens", 0), ("max_tokens", 1.5), ("max_tokens", True), ("temperature", -0.1), ("temperature", float("nan")),
-        ("temperature", "hot"), ("top_k", -1), ("top_k", 2.0), ("top_p", 0), ("top_p", 1.01), ("min_p", -0.5), ("min_p", 2),
+        ("max_tokens", 0), ("max_tokens", 1.5), ("max_tokens", True), ("temperature", -0.1), ("temperature", np.nan),
+        ("temperature", "hot"), ("top_k", -1), ("top_k", 2.0), ("top_p", 0), ("top_p", 1.01), ("min_p", -0.5),
+        ("min_p", 2),
         ("repetition_penalty", 0), ("repetition_penalty", float("inf")), ("seed", -1), ("seed", 2**64), ("seed", "x"),
         ("stop", ""), ("stop", ["a", ""]), ("stop", 3), ("logprobs", -1), ("logprobs", 101), ("bits", 1), ("bits", 9),
         ("bits", 2.5), ("ignore_eos", 1),

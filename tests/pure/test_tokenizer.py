@@ -1,4 +1,4 @@
-"""Tokenizers: the same tokens whatever the files say, streams that join to the whole text, chat templates in a sandbox."""
+"""Tokenizers: the same tokens whatever the files say, streams that join to it, chat templates in a sandbox."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
 
 from d2moe.errors import ContainerError, RequestError
 from d2moe.runtime.tokenizer import Tokenizer
@@ -168,7 +169,8 @@ def test_missing_and_bad_side_files_are_named(tmp_path: Path) -> None:
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}\n"
     "    {% if m.role not in ['user', 'assistant'] %}{{ raise_exception('unknown role ' + m.role) }}{% endif %}\n"
-    "<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n"
+    "<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}\n"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 USER = [{"role": "user", "content": "héllo"}]

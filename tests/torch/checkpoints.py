@@ -86,12 +86,13 @@ def tiny_checkpoint(
     dtype: str = "float32",
     shards: int = 1,
     seed: int = 0,
+    decisive: bool = True,
     **overrides: Any,
 ) -> tuple[Any, Any]:
     """Write a checkpoint into `path`; returns (config, model), the model in float32 with exactly the saved weights.
 
     "separate" has one tensor per expert (what transformers' save_pretrained writes), "fused" one per layer (its
-    state_dict).
+    state_dict). `decisive=False` leaves the weights as transformers initialises them.
     """
     assert layout in LAYOUTS, layout
     config = tiny_config(family, **overrides)
@@ -100,7 +101,8 @@ def tiny_checkpoint(
     model = transformers.AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    randomize(model)
+    if decisive:
+        randomize(model)
     model.to(getattr(torch, dtype))
     path.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path)

@@ -184,7 +184,7 @@ class _Timed:
 
 
 def python_share(model: Model, prompt: Sequence[int], params: SamplingParams) -> float | None:
-    """Share of a token's wall time outside the compiled core (deciding, calling, sampling, text), by one more repeat."""
+    """Share of a token's wall time outside the compiled core (deciding, sampling, text), by one more repeat."""
     decoder, streamer = getattr(model.engine, "decoder", None), getattr(model.engine, "_streamer", None)
     if decoder is None or streamer is None:
         return None
@@ -226,7 +226,7 @@ def memory_bandwidth(threads: int | None) -> float | None:
 
 
 def storage_bandwidth(container: Any, bits: int) -> float | None:
-    """Bytes per second of direct reads of expert prefixes at random, READERS at a time; None where direct I/O is refused."""
+    """Bytes per second of direct reads of random prefixes, READERS at a time; None if direct I/O is refused."""
     size = container.record.prefix_bytes(bits)
     flags = os.O_RDONLY | getattr(os, "O_DIRECT", 0)
     if not hasattr(os, "O_DIRECT"):
@@ -268,7 +268,8 @@ def tier(path: Path, direct: bool) -> str:
         name = disk.name
         for folder in (disk, disk.parent):  # a partition's queue is its disk's
             if (folder / "queue" / "rotational").is_file():
-                kind = " (disk)" if (folder / "queue" / "rotational").read_text().strip() == "1" else " (solid state)"
+                # Virtual disks call themselves rotational whatever they are, so only the other answer says something.
+                kind = " (solid state)" if (folder / "queue" / "rotational").read_text().strip() == "0" else ""
                 break
     return f"{how} from {system or 'unknown file system'} on {name}{kind}"
 

@@ -22,8 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2moe.errors import ConfigError, D2MoeError, RequestError
-from d2moe.runtime.engine import Chunk
-from d2moe.runtime.request import EngineLike, Progress, check_prompt
+from d2moe.runtime.request import Chunk, EngineLike, Progress, check_prompt
 from d2moe.runtime.tokenizer import Tokenizer
 
 CONTEXT = 256
@@ -111,7 +110,9 @@ def perplexity(
     if len(tokens) < 2:
         raise RequestError(f"the text has {len(tokens)} tokens, perplexity needs at least 2")
     if context > engine.context:
-        raise RequestError(f"a window of {context} tokens does not fit the engine's context of {engine.context}; lower --context")
+        raise RequestError(
+            f"a window of {context} tokens does not fit the engine's context of {engine.context}; lower --context"
+        )
     total = count_scored(len(tokens), max_tokens)
     tokens = check_prompt(tokens[: total + 1], engine.shape.vocab, total + 1)
     width = int(engine.config.bits if bits is None else bits)
@@ -134,7 +135,7 @@ def perplexity(
         done += window.end + 1 - window.first
         if progress is not None:
             progress(done, total)
-    used = engine.counters.snapshot().minus(before)
+    used = engine.counters.snapshot() - before
     return result(
         nll, tokens, tokenizer, bits=float(width), context=context, stride=stride,
         seconds=time.perf_counter() - begun, read_bytes=used.read_bytes,

@@ -26,20 +26,25 @@ def reference_perplexity(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """Perplexity of `tokens` by the Hugging Face checkpoint in `src`, windows as in `perplexity`; holds it all in memory.
+    """Perplexity of `tokens` by the Hugging Face checkpoint in `src`, windows as in `perplexity`; all of it in memory.
 
     D2MoeError if torch or transformers is not installed, CheckpointError if transformers cannot load `src`.
     """
     try:
-        import torch
         import transformers
+
+        import torch
     except ImportError as error:
-        raise D2MoeError(f"--reference needs {error.name}, which is not installed; run: pip install 'd2moe[torch]'") from None
+        raise D2MoeError(
+            f"--reference needs {error.name}, which is not installed; run: pip install 'd2moe[torch]'"
+        ) from None
     stride = context if stride is None else stride
     if len(tokens) < 2:
         raise RequestError(f"the text has {len(tokens)} tokens, perplexity needs at least 2")
     if not (Path(src) / "config.json").is_file():
-        raise CheckpointError(f"{src} has no config.json; --reference wants the folder of the Hugging Face checkpoint that was converted")
+        raise CheckpointError(
+            f"{src} has no config.json; --reference wants the folder of the Hugging Face checkpoint that was converted"
+        )
     if threads is not None:
         torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
@@ -48,12 +53,16 @@ def reference_perplexity(
         # Local files only: measuring must not depend on a network, nor run code that came with the checkpoint.
         model = transformers.AutoModelForCausalLM.from_pretrained(str(src), dtype=torch.float32, local_files_only=True)
     except Exception as error:  # transformers raises nearly anything
-        raise CheckpointError(f"{src}: transformers cannot load this checkpoint: {' '.join(str(error).split())}") from None
+        raise CheckpointError(
+            f"{src}: transformers cannot load this checkpoint: {' '.join(str(error).split())}"
+        ) from None
     model.eval()
     vocab = int(model.config.vocab_size)
     bad = next((t for t in tokens if not 0 <= t < vocab), None)
     if bad is not None:
-        raise RequestError(f"the text holds token {bad}, {src} has a vocabulary of {vocab}; is it the checkpoint of this model?")
+        raise RequestError(
+            f"the text holds token {bad}, {src} has a vocabulary of {vocab}; is it the checkpoint of this model?"
+        )
     total = count_scored(len(tokens), max_tokens)
     tokens = list(tokens[: total + 1])
     begun = time.perf_counter()
@@ -66,4 +75,6 @@ def reference_perplexity(
             done += window.end + 1 - window.first
             if progress is not None:
                 progress(done, total)
-    return result(nll, tokens, tokenizer, bits=None, context=context, stride=stride, seconds=time.perf_counter() - begun)
+    return result(
+        nll, tokens, tokenizer, bits=None, context=context, stride=stride, seconds=time.perf_counter() - begun
+    )

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from d2moe.errors import RequestError
-from d2moe.runtime.engine import Chunk
-from d2moe.runtime.request import Completion, EngineLike, FinishReason, Piece, Request, Stats, check_prompt
+from d2moe.runtime.request import Chunk, Completion, EngineLike, FinishReason, Piece, Request, Stats, check_prompt
 from d2moe.runtime.sampling import SamplingParams, TokenLogprob
 from d2moe.runtime.streamer import Counters
 from d2moe.runtime.tokenizer import Tokenizer
@@ -34,9 +33,9 @@ class Model:
     """Generates text. Closes the engine with `close()` or at the end of a `with` block.
 
     Keyword parameters are those of `SamplingParams`. Those that are not given come from the model's own
-    generation_config.json, as in transformers (temperature, top_k, top_p, min_p, repetition_penalty; greedy unless it says
-    do_sample), then from SamplingParams. A SamplingParams given whole is used as it is. The seed is 0 unless given, so
-    the same call gives the same text.
+    generation_config.json, as in transformers (temperature, top_k, top_p, min_p, repetition_penalty; greedy unless it
+    says do_sample), then from SamplingParams. A SamplingParams given whole is used as it is. The seed is 0 unless
+    given, so the same call gives the same text.
     """
 
     def __init__(self, engine: EngineLike, tokenizer: Tokenizer, generation_config: Mapping[str, Any] | None = None):
@@ -86,7 +85,9 @@ class Model:
         """
         return self._collect(self._encode(prompt), self._settle(params, values))
 
-    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None, **values: Any) -> Iterator[Piece]:
+    def stream(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, **values: Any
+    ) -> Iterator[Piece]:
         """One Piece per token as they come; `last` holds the Stats afterwards. Errors are raised by this call itself.
 
         Leaving the loop early, or an exception in it, frees the sequence.
@@ -94,7 +95,9 @@ class Model:
         request = self._request(self._encode(prompt), self._settle(params, values))
         return self._run(request, _Clock(time.perf_counter()))
 
-    def chat(self, messages: Iterable[Mapping[str, Any]], params: SamplingParams | None = None, **values: Any) -> Completion:
+    def chat(
+        self, messages: Iterable[Mapping[str, Any]], params: SamplingParams | None = None, **values: Any
+    ) -> Completion:
         """The assistant's answer to `messages` (dicts with "role" and "content"), by the model's own chat template."""
         return self._collect(self.tokenizer.chat(messages), self._settle(params, values))
 
@@ -123,7 +126,9 @@ class Model:
         bits = int(self.engine.config.bits if params.bits is None else params.bits)
         widths = tuple(getattr(self.engine, "widths", WIDTHS))
         if bits not in widths:
-            raise RequestError(f"{self.tokenizer.where} has no width of {bits} bits, it has {', '.join(map(str, widths))}; choose one of these")
+            raise RequestError(
+                f"{self.tokenizer.where} has no width of {bits} bits, choose one of {', '.join(map(str, widths))}"
+            )
         return bits
 
     def _request(self, tokens: list[int], params: SamplingParams) -> Request:
@@ -171,7 +176,7 @@ class Model:
 def _stats(request: Request, clock: _Clock) -> Stats:
     ttft = clock.first - clock.start
     later = clock.end - clock.first
-    used: Counters = clock.after.minus(clock.before)
+    used: Counters = clock.after - clock.before
     return Stats(
         prompt_tokens=len(request.prompt),
         generated_tokens=len(request.tokens),

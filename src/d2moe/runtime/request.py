@@ -25,6 +25,16 @@ Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens to append to one sequence at width `bits`, and which of their logits rows are wanted."""
+
+    sequence: Any
+    tokens: Any  # list[int] or int32 [n]
+    bits: int
+    logits: Literal["last", "all", "none"] = "last"
+
+
 class EngineLike(Protocol):
     """What generation and evaluation need of `d2moe.runtime.engine.Engine`; a test can bring less than a whole one."""
 
@@ -89,11 +99,13 @@ def check_prompt(prompt: Sequence[int], vocab: int, context: int) -> list[int]:
         raise RequestError("the prompt is empty; give at least one token of text")
     if len(tokens) > context:
         raise RequestError(
-            f"the prompt has {len(tokens):,} tokens, the context holds {context:,}; shorten it or load with a larger context"
+            f"the prompt has {len(tokens):,} tokens, the context holds {context:,}; shorten it or allow more"
         )
     for token in tokens:
         if not 0 <= token < vocab:
-            raise RequestError(f"the prompt holds token {token}, the vocabulary has 0 to {vocab - 1}; tokens of another tokenizer?")
+            raise RequestError(
+                f"the prompt holds token {token}, the vocabulary has 0 to {vocab - 1}; tokens of another tokenizer?"
+            )
     return tokens
 
 
@@ -124,12 +136,14 @@ class Request:
         self._stops = StopText(params.stop)
 
     def accept(self, logits: npt.NDArray[np.float32]) -> Piece:
-        """Draw the next token from logits float32 [vocab] after all `pending` tokens; sets `finish_reason` at the end."""
+        """Draw the next token from logits float32 [vocab] after all `pending` tokens; sets `finish_reason`."""
         token = self._sampler.sample(logits)
         scored = None if self.params.logprobs is None else logprob(logits, token, self.params.logprobs)
         self.tokens.append(token)
         self.pending = [token]
-        ends: FinishReason | None = "eos" if token in self._eos else "length" if len(self.tokens) >= self._limit else None
+        ends: FinishReason | None = (
+            "eos" if token in self._eos else "length" if len(self.tokens) >= self._limit else None
+        )
         # An end token is no part of the text even if the tokenizer does not call it special.
         text = "" if ends == "eos" else self._decoder.push(token)
         if ends:
@@ -147,7 +161,7 @@ class StopText:
         self._held = ""
 
     def push(self, text: str, last: bool = False) -> tuple[str, bool]:
-        """The text that is certain to be outside any stop text, and whether one was found (the rest is then dropped)."""
+        """The text that is certain to be outside any stop text, and whether one was found (the rest is dropped)."""
         if not self._stops:
             return text, False
         text = self._held + text

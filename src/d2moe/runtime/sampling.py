@@ -38,9 +38,9 @@ I64 = npt.NDArray[np.int64]
 class SamplingParams:
     """What one request asks for; ConfigError for a value out of range.
 
-    `max_tokens` None: until the model ends or the context is full. `seed` None: a fresh one each time. `stop`: text that
-    ends the answer and is not part of it. `logprobs` n: log-probability of each token and of the n likeliest. `bits`
-    None: the engine's width. `ignore_eos`: the model's end tokens do not end the answer. The default is greedy.
+    `max_tokens` None: until the model ends or the context is full. `seed` None: a fresh one each time. `stop`: text
+    that ends the answer and is not part of it. `logprobs` n: log-probability of each token and of the n likeliest.
+    `bits` None: the engine's width. `ignore_eos`: the model's end tokens do not end the answer. The default is greedy.
     """
 
     max_tokens: int | None = 256
@@ -62,7 +62,9 @@ class SamplingParams:
         _whole("top_k", self.top_k, 0, None)
         _number("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0.0:
-            raise ConfigError("top_p is 0, expected a number above 0 and at most 1; for the likeliest token use temperature=0")
+            raise ConfigError(
+                "top_p is 0, expected a number above 0 and at most 1; for the likeliest token use temperature=0"
+            )
         _number("min_p", self.min_p, 0.0, 1.0)
         _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _whole("seed", self.seed, 0, 2**64 - 1, optional=True)
@@ -94,7 +96,7 @@ class TokenLogprob:
 
 
 class SplitMix64:
-    """Steele, Lea and Flood's generator (OOPSLA 2014): one draw per token needs no more, and numpy.random takes 6 MB."""
+    """Steele, Lea and Flood's generator (OOPSLA 2014): enough for one draw per token; numpy.random takes 6 MB."""
 
     def __init__(self, seed: int):
         self._state = seed
@@ -141,7 +143,7 @@ class Sampler:
             return logits
         penalty = np.float32(self.params.repetition_penalty)
         ids = np.flatnonzero(self._seen)
-        changed = logits.copy()
+        changed: F32 = logits.copy()
         some = changed[ids]
         changed[ids] = np.where(some < 0, some * penalty, some / penalty)
         return changed
@@ -196,7 +198,9 @@ def logprob(logits: F32, token: int, top: int) -> TokenLogprob:
 
 def _check_finite(highest: float) -> None:
     if not math.isfinite(highest):
-        raise D2MoeError(f'the model\'s logits are not finite (highest is {highest}); damaged weights? run "d2moe verify"')
+        raise D2MoeError(
+            f'the model\'s logits are not finite (highest is {highest}); damaged weights? run "d2moe verify"'
+        )
 
 
 def _stops(value: Any) -> tuple[str, ...]:

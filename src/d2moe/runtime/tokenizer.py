@@ -26,7 +26,13 @@ UNFINISHED = "\ufffd"
 class Tokenizer:
     """Encoder, decoder and chat template of one model directory."""
 
-    def __init__(self, backend: Backend, config: Mapping[str, Any] | None = None, template: str | None = None, where: str = "tokenizer"):
+    def __init__(
+        self,
+        backend: Backend,
+        config: Mapping[str, Any] | None = None,
+        template: str | None = None,
+        where: str = "tokenizer",
+    ):
         self.backend = backend
         self.config = dict(config or {})
         self.where = where
@@ -35,7 +41,9 @@ class Tokenizer:
         # tokenizer.json may carry the settings of a training run; a prompt must never be cut or padded in silence.
         backend.no_truncation()
         backend.no_padding()
-        self.special = {k: t for k in ("bos_token", "eos_token", "unk_token", "pad_token") if (t := _content(self.config.get(k)))}
+        self.special = {
+            k: t for k in ("bos_token", "eos_token", "unk_token", "pad_token") if (t := _content(self.config.get(k)))
+        }
         if backend.post_processor is None:
             self._add_ends()
         # A decoder with byte fallback turns a run of byte tokens into text only as a whole.
@@ -44,11 +52,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read the tokenizer's files from the directory `path`; ContainerError names the file that is missing or bad."""
+        """Read the tokenizer's files from the folder `path`; ContainerError names the file that is missing or bad."""
         folder = Path(path)
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise ContainerError(f"{file} is missing, so text cannot become tokens; copy it from the source checkpoint and convert again")
+            raise ContainerError(
+                f"{file} is missing, so text cannot become tokens; convert again with it in the source folder"
+            )
         if file.stat().st_size > MAX_JSON_BYTES:
             raise ContainerError(f"{file} has {file.stat().st_size:,} bytes, expected at most {MAX_JSON_BYTES:,}")
         try:
@@ -95,7 +105,9 @@ class Tokenizer:
         """UTF-8 bytes of the text of `tokens`, special tokens included; the denominator of bits per byte."""
         return len(self.decode(tokens, skip_special=False).encode("utf-8", "replace"))
 
-    def chat_text(self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> str:
+    def chat_text(
+        self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
         """The prompt text the model's chat template makes of `messages` (dicts with "role" and "content")."""
         if self._template is None:
             raise RequestError(
@@ -104,7 +116,13 @@ class Tokenizer:
             )
         if self._render is None:
             self._render = _compile(self._template, self.where)
-        known = {**self.special, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **variables}
+        known = {
+            **self.special,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **variables,
+        }
         try:
             # Plain JSON values only: an object handed to a template of unknown origin could be called by it.
             plain = json.loads(json.dumps({**known, "messages": [dict(m) for m in messages]}))
@@ -112,7 +130,9 @@ class Tokenizer:
             raise RequestError(f'messages must be dicts of plain values with "role" and "content": {error}') from None
         return self._render(plain)
 
-    def chat(self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> list[int]:
+    def chat(
+        self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
         """Token ids of `chat_text`; the template writes the special tokens itself, so none are added."""
         return self.encode(self.chat_text(messages, add_generation_prompt, **variables), add_special=False)
 
@@ -132,8 +152,16 @@ class Tokenizer:
     def _add_ends(self) -> None:
         from tokenizers.processors import TemplateProcessing
 
-        bos = self.special.get("bos_token") if self.config.get("add_bos_token") is True and self.bos_id is not None else None
-        eos = self.special.get("eos_token") if self.config.get("add_eos_token") is True and self.eos_id is not None else None
+        bos = (
+            self.special.get("bos_token")
+            if self.config.get("add_bos_token") is True and self.bos_id is not None
+            else None
+        )
+        eos = (
+            self.special.get("eos_token")
+            if self.config.get("add_eos_token") is True and self.eos_id is not None
+            else None
+        )
         if bos or eos:
             ends = {t: i for t, i in ((bos, self.bos_id), (eos, self.eos_id)) if t and i is not None}
             single = [t for t in (bos, "$A", eos) if t]
@@ -210,7 +238,7 @@ def _compile(template: str, where: str) -> Callable[[dict[str, Any]], str]:
             return dict(*args, **kwargs)
 
     class Namespace(jinja2.utils.Namespace):
-        def __init__(*args: Any, **kwargs: Any) -> None:  # noqa: N805 - `self` must stay free as a keyword
+        def __init__(*args: Any, **kwargs: Any) -> None:
             values = dict(*args[1:], **kwargs)
             for name in values:
                 _check_name(name)
@@ -227,19 +255,27 @@ def _compile(template: str, where: str) -> Callable[[dict[str, Any]], str]:
     def raise_exception(message: str) -> None:
         raise jinja2.exceptions.TemplateError(message)
 
-    def tojson(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+    def tojson(
+        x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def strftime_now(form: str) -> str:
         return datetime.now().strftime(form)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
     environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now, dict=Dict(), namespace=Namespace)
+    environment.globals.update(
+        raise_exception=raise_exception, strftime_now=strftime_now, dict=Dict(), namespace=Namespace
+    )
     try:
         compiled = environment.from_string(template)
     except jinja2.TemplateError as error:
-        raise ContainerError(f"the chat template of {where} does not compile: {error}; use plain prompts (--raw)") from None
+        raise ContainerError(
+            f"the chat template of {where} does not compile: {error}; use plain prompts (--raw)"
+        ) from None
 
     def render(values: dict[str, Any]) -> str:
         try:

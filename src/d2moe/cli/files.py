@@ -1,0 +1,144 @@
+"""`d2moe convert`, `inspect` and `verify`: what concerns model files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from d2moe.cli.shared import model_path, print_json, print_table
+
+
+class _Conversion:
+    """Conversion progress, counted in weights, as a bar."""
+
+    def __init__(self, bar: Any):
+        self._bar, self._done, self._total = bar, 0, 1
+
+    def start(self, total: int, done: int) -> None:
+        self._total, self._done = total, done
+        self._bar(done, total)
+
+    def advance(self, weights: int, text: str) -> None:
+        self._done += weights
+        self._bar(self._done, self._total, text)
+
+
+@click.command()
+@click.argument("src", type=click.Path(exists=True, file_okay=False))
+@click.argument("dst", type=click.Path())
+@click.option(
+    "--group", type=click.Choice(["64", "128"]), default="64", show_default=True, help="Weights that share a scale."
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads [default: all CPUs this process may use].")
+@click.option(
+    "--ignore-config-key",
+    "ignore_config_keys",
+    multiple=True,
+    metavar="KEY",
+    help="Convert although config.json has this key, which d2moe does not know; may be given several times.",
+)
+def convert(src: str, dst: str, group: str, threads: int | None, ignore_config_keys: tuple[str, ...]) -> None:
+    """Convert a checkpoint to a nested model.
+
+    SRC is the folder of a Hugging Face checkpoint (safetensors, sharded or not), DST the model to make. It is read tensor
+    by tensor. Interrupted, it leaves DST.partial, and the same command goes on there.
+
+    \b
+    Examples:
+      d2moe convert ~/models/OLMoE-1B-7B-0924 olmoe.d2moe
+      d2moe convert Qwen3-30B-A3B qwen3.d2moe --group 128 --threads 8
+    """
+    from d2moe.cli.progress import Bar
+    from d2moe.convert.pipeline import convert as run
+
+    with Bar("converting") as bar:
+        made = run(
+            src,
+            dst,
+            group=int(group),
+            threads=threads,
+            progress=_Conversion(bar),
+            ignore_config_keys=ignore_config_keys,
+        )
+    click.echo(str(made))
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--tensors", is_flag=True, help="List every dense tensor too.")
+@click.option("--json", "as_json", is_flag=True, help="All of it as one JSON object.")
+def inspect(model: str | None, tensors: bool, as_json: bool) -> None:
+    """Show what is in MODEL, without reading its weights.
+
+    \b
+    Examples:
+      d2moe inspect olmoe.d2moe
+      d2moe inspect olmoe.d2moe --json | jq .widths
+    """
+    from dataclasses import asdict
+
+    from d2moe.container import Container
+    from d2moe.container.inspect import describe
+    from d2moe.runtime.config import show_bytes
+
+    found = describe(Container.open(model_path(model)))
+    if as_json:
+        print_json(asdict(found))
+        return
+    facts = [
+        ("model type", found.model_type),
+        ("layers with experts", str(len(found.moe_layers))),
+        ("experts per layer", str(found.experts)),
+        ("experts per token", str(found.experts_per_token or "unknown")),
+        ("expert shape", f"{found.hidden} x {found.inner}, groups of {found.group}"),
+        ("weights in experts", f"{found.expert_weights:,}"),
+        ("dense weights, always in memory", show_bytes(found.dense_bytes)),
+        ("whole file", show_bytes(found.total_bytes)),
+    ]
+    print_table(found.path, facts)
+    rows = [
+        (
+            str(w.bits),
+            f"{w.bits_per_weight:.2f}",
+            show_bytes(w.expert_bytes),
+            show_bytes(w.all_experts_bytes),
+            show_bytes(w.token_bytes) if w.token_bytes is not None else "unknown",
+        )
+        for w in found.widths
+    ]
+    print_table("widths", rows, ("bits", "per weight", "one expert", "all experts", "per token, none resident"))
+    print_table("files", [(f.name, show_bytes(f.n_bytes)) for f in found.files], ("file", "size"))
+    if tensors:
+        listed = [(t.name, t.dtype, " x ".join(map(str, t.shape)), show_bytes(t.n_bytes)) for t in found.dense]
+        print_table("dense tensors", listed, ("tensor", "dtype", "shape", "size"))
+
+
+@click.command()
+@click.argument("model", required=False)
+def verify(model: str | None) -> None:
+    """Check every byte of MODEL.
+
+    All of it is read and compared with the checksums it was written with.
+
+    \b
+    Example:
+      d2moe verify olmoe.d2moe
+    """
+    from d2moe.cli.progress import Bar
+    from d2moe.container.verify import verify as run
+    from d2moe.errors import ContainerError
+    from d2moe.runtime.config import show_bytes
+
+    path = model_path(model)
+    with Bar(f"verifying {path.name}") as bar:
+        report = run(path, bar)
+    for problem in report.problems:
+        click.echo(problem, err=True)
+    if report.problems:
+        count = len(report.problems)
+        raise ContainerError(f"{path} has {count} problem{'s' if count > 1 else ''}; copy or convert the model again")
+    files = report.files if isinstance(report.files, int) else len(report.files)
+    click.echo(f"{path}: {files} files, {show_bytes(report.n_bytes)}, all as they were written")
+    if report.unlisted:
+        click.echo(f"not part of the model, not checked: {', '.join(report.unlisted)}", err=True)

@@ -1,0 +1,167 @@
+"""`d2moe eval perplexity` and `d2moe bench`: a table for people, then one JSON line, on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from d2moe.cli.shared import CONTEXT_OPTION, engine_options, model_path, open_model, print_json, print_table, read_text
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--text", required=True, type=click.Path(exists=True, dir_okay=False), help="UTF-8 text file to score.")
+@engine_options
+@click.option("--context", type=click.IntRange(min=1), default=256, show_default=True, help="Input tokens per window.")
+@click.option("--stride", type=click.IntRange(min=1), help="Tokens from window to window [default: --context].")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Score only the first so many tokens.")
+@click.option(
+    "--reference",
+    type=click.Path(exists=True, file_okay=False),
+    help="Also score with transformers in float32 on this Hugging Face checkpoint (needs d2moe[torch]).",
+)
+def perplexity(
+    model: str | None,
+    text: str,
+    context: int,
+    stride: int | None,
+    max_tokens: int | None,
+    reference: str | None,
+    **engine: Any,
+) -> None:
+    """Perplexity of MODEL on a text.
+
+    The text is tokenised as a whole, as transformers would. A window feeds --context tokens to an empty sequence and
+    each predicts the next one, so 256 inputs score 256 tokens; windows begin every --stride tokens and no token is
+    scored twice. Bits per byte = summed negative log-likelihood in bits / UTF-8 bytes of the scored tokens.
+
+    \b
+    Examples:
+      d2moe eval perplexity builtin --text wiki.txt --bits 3
+      d2moe eval perplexity my.d2moe --text wiki.txt --max-tokens 119808 --reference checkpoint/
+    """
+    from d2moe.cli.progress import Bar
+    from d2moe.evaluate.perplexity import Perplexity
+    from d2moe.evaluate.perplexity import perplexity as measure
+
+    content = read_text(text)
+    path = model_path(model)
+    step = context if stride is None else stride
+    if step > context:
+        raise click.BadParameter(
+            f"{step} is more than --context {context}, which would skip text", param_hint="--stride"
+        )
+    with contextlib.closing(open_model(path, {**engine, "context": context})) as m:
+        tokenizer = m.tokenizer
+        tokens = tokenizer.encode(content)
+        with Bar(f"perplexity of {path.name}") as bar:
+            found = measure(
+                m.engine, tokens, tokenizer=tokenizer, context=context, stride=step, max_tokens=max_tokens, progress=bar
+            )
+        kernels = m.engine.describe().get("kernels")
+    rows = [_row(path.name, found)]
+    line: dict[str, Any] = {**found.as_dict(), "model": str(path), "text": text, "kernels": kernels}
+    if reference is not None:
+        from d2moe.evaluate.reference import reference_perplexity
+
+        with Bar("reference") as bar:
+            other: Perplexity = reference_perplexity(
+                reference,
+                tokens,
+                tokenizer=tokenizer,
+                context=context,
+                stride=step,
+                max_tokens=max_tokens,
+                threads=engine["threads"],
+                progress=bar,
+            )
+        rows.append(_row(f"{Path(reference).name}, transformers float32", other))
+        line |= {
+            "reference": reference,
+            "reference_perplexity": other.perplexity,
+            "reference_bits_per_byte": other.bits_per_byte,
+            "ratio": found.perplexity / other.perplexity,
+        }
+    print_table(
+        f"{Path(text).name}: windows of {context} tokens every {step}, {found.tokens:,} tokens scored",
+        rows,
+        ("model", "bits", "perplexity", "bits per byte", "tokens/s"),
+    )
+    print_json(line)
+
+
+def _row(name: str, found: Any) -> tuple[str, ...]:
+    bits = "-" if found.bits is None else f"{found.bits:g}"
+    speed = found.tokens / found.seconds if found.seconds > 0 else 0.0
+    return (name, bits, f"{found.perplexity:.4f}", f"{found.bits_per_byte:.4f}", f"{speed:.0f}")
+
+
+@click.command()
+@click.argument("model", required=False)
+@engine_options
+@CONTEXT_OPTION
+@click.option(
+    "--prompt-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of the prompt."
+)
+@click.option("--generate", type=click.IntRange(min=2), default=64, show_default=True, help="Tokens to generate.")
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="How often; speeds are medians."
+)
+@click.option("--text", type=click.Path(exists=True, dir_okay=False), help="Take the prompt from this text.")
+def bench(model: str | None, prompt_tokens: int, generate: int, repeats: int, text: str | None, **engine: Any) -> None:
+    """Measure the speed of MODEL.
+
+    Prompt and generation speed, time to first token, bytes read, memory. roofline is the least time a token could take
+    (weights touched at the measured memory bandwidth, or bytes read at the measured storage bandwidth, whichever is
+    more) over the time it took. Experts are read past the page cache where the
+    file system allows; "tier" says what was measured.
+
+    \b
+    Examples:
+      d2moe bench builtin --memory 96MB --bits 4
+      d2moe bench olmoe.d2moe --memory 2GB --prompt-tokens 512 --generate 128 | tail -1 | jq .roofline
+    """
+    from d2moe.cli.progress import Bar
+    from d2moe.evaluate.bench import TEXT, prompt_of
+    from d2moe.evaluate.bench import bench as measure
+
+    content = read_text(text) if text is not None else TEXT
+    path = model_path(model)
+    with contextlib.closing(open_model(path, engine)) as m:
+        prompt = prompt_of(m, prompt_tokens, content)
+        with Bar(f"bench of {path.name}", light=True) as bar:
+            found = measure(m, prompt, generate=generate, repeats=repeats, progress=bar)
+    print_table(path.name, _bench_rows(found))
+    print_json({"model": str(path), **found})
+
+
+def _bench_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    from d2moe.runtime.config import show_bytes
+
+    def size(name: str, per: str = "") -> str:
+        return "unknown" if found.get(name) is None else show_bytes(found[name]) + per
+
+    def share(name: str) -> str:
+        return "unknown" if found.get(name) is None else f"{100 * found[name]:.1f} %"
+
+    return [
+        ("generation", f"{found['generation_tokens_per_s']:.2f} tokens/s"),
+        ("prompt", f"{found['prompt_tokens_per_s']:.1f} tokens/s"),
+        ("time to first token", f"{found['ttft_s']:.3f} s (first repeat {found['ttft_first_s']:.3f} s)"),
+        ("average width", f"{found['bits']:.2f} bits"),
+        ("read from storage per token", size("read_bytes_per_token")),
+        ("hit rate", share("hit_rate")),
+        ("peak memory", f"{size('peak_bytes')} of {size('memory_bytes')}"),
+        ("expert slots", size("expert_memory_bytes")),
+        ("waiting for reads", share("stall_share")),
+        ("deciding", share("decide_share")),
+        ("Python", share("python_share")),
+        ("roofline", share("roofline")),
+        ("memory bandwidth", size("memory_bandwidth_bytes_per_s", "/s")),
+        ("storage bandwidth", size("storage_bandwidth_bytes_per_s", "/s")),
+        ("kernels", f"{found['kernels']}, {found['threads']} threads"),
+        ("tier", str(found["tier"])),
+    ]

@@ -1,0 +1,119 @@
+"""One width gives the same bits whatever the budget, the threads, the chunks and the company."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import d2moe
+from d2moe.errors import ConfigError, MemoryBudgetError, RequestError, StorageError
+from d2moe.kernels import native
+from d2moe.runtime.config import EngineConfig, parse_bytes
+from d2moe.runtime.engine import Engine
+from d2moe.runtime.request import Chunk
+
+MODEL = d2moe.builtin_model()
+
+
+@pytest.fixture
+def tokens():
+    seed = int(np.random.default_rng().integers(1 << 31))
+    print("seed", seed)
+    return np.random.default_rng(seed).integers(0, 4096, 150).astype(np.int32)
+
+
+def logits(tokens, bits=4, cuts=(), **options):
+    with Engine.load(MODEL, EngineConfig(context=256, **options)) as engine:
+        sequence = engine.new_sequence()
+        parts = np.split(tokens, cuts)
+        return np.concatenate([engine.step([Chunk(sequence, p, bits, "all")]) for p in parts])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_budget_threads_and_cuts_do_not_show(tokens, bits):
+    expected = logits(tokens, bits, threads=1)
+    # 256 KiB holds one expert of 8 bits: below a token's working set, in waves.
+    for options in (
+        {"expert_memory_bytes": 262144},
+        {"expert_memory_bytes": 700_000, "threads": 2},
+        {"expert_memory_bytes": 4_000_000, "read_depth": 1},
+        {"threads": 3, "chunk_tokens": 7},
+        {"direct": False},
+    ):
+        assert np.array_equal(logits(tokens, bits, **options), expected), options
+    cuts = np.sort(np.random.default_rng().choice(np.arange(1, 150), 6, replace=False))
+    assert np.array_equal(logits(tokens, bits, cuts), expected), cuts
+
+
+def test_company_does_not_show(tokens):
+    alone = {bits: logits(tokens[:40], bits) for bits in (2, 3, 8)}
+    with Engine.load(MODEL, EngineConfig(context=256, max_sequences=3, expert_memory_bytes=900_000)) as engine:
+        sequences = {bits: engine.new_sequence() for bits in alone}
+        rows = engine.step([Chunk(s, tokens[:39], bits, "last") for bits, s in sequences.items()])
+        for row, bits in zip(rows, sequences, strict=True):
+            assert np.array_equal(row, alone[bits][38])
+        rows = engine.step([Chunk(s, tokens[39:40], bits, "last") for bits, s in sequences.items()])
+        for row, bits in zip(rows, sequences, strict=True):
+            assert np.array_equal(row, alone[bits][39])
+
+
+def test_kernel_tables_agree(tokens):
+    expected = logits(tokens[:60], 3, kernels="scalar")
+    for table in native.tables():
+        found = logits(tokens[:60], 3, kernels=table)
+        error = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
+        # Norms and attention add in each table's own order; now and then an activation falls on the other side of a
+        # rounding step, which is one step of 127 in one place.
+        assert np.median(error) <= 1e-5 if table == "scalar" else np.median(error) <= 2e-3, table
+
+
+def test_hits_and_bytes_are_counted(tokens):
+    with Engine.load(MODEL, EngineConfig(context=256)) as engine:
+        engine.step([Chunk(engine.new_sequence(), tokens, 4)])
+        c = engine.counters.snapshot()
+        assert c.read_bytes == c.missing_bytes > 0 and c.average_bits == 4
+    with Engine.load(MODEL, EngineConfig(context=256, max_sequences=2)) as engine:
+        for expected_reads in (True, False):
+            before = engine.counters.snapshot()
+            s = engine.new_sequence()
+            engine.step([Chunk(s, tokens, 4)])
+            s.free()
+            used = engine.counters - before
+            assert (used.read_bytes > 0) == expected_reads
+            assert used.hit_rate == pytest.approx(1 - used.missing_bytes / used.wanted_bytes)
+
+
+def test_refusals(tokens, tmp_path):
+    with pytest.raises(MemoryBudgetError, match="least that would do is"):
+        Engine.load(MODEL, EngineConfig(memory_bytes=20_000_000))
+    for text in ("12XB", "lots", "-3GB", "0", ""):
+        with pytest.raises(ConfigError, match="memory"):
+            parse_bytes(text)
+    with pytest.raises(ConfigError, match="unknown engine option"):
+        d2moe.load(MODEL, memroy="1GB")
+    with Engine.load(MODEL, EngineConfig(context=64)) as engine:
+        with pytest.raises(RequestError, match="do not fit the context of 64"):
+            engine.step([Chunk(engine.new_sequence(), tokens, 4)])
+        with pytest.raises(RequestError, match="from 2 to 8"):
+            engine.step([Chunk(engine.new_sequence(), tokens[:3], 9)])
+        with pytest.raises(RequestError, match="token ids run"):
+            engine.step([Chunk(engine.new_sequence(), [5000], 4)])
+
+
+def test_failed_read_is_one_clear_error_and_the_engine_lives_on(tokens, tmp_path):
+    import shutil
+
+    copy = tmp_path / "model.d2moe"
+    shutil.copytree(MODEL, copy)
+    file = copy / "experts" / "layer-002.safetensors"
+    whole = file.read_bytes()
+    with Engine.load(copy, EngineConfig(context=256)) as engine:
+        with file.open("r+b") as f:
+            f.truncate(len(whole) // 2 // 4096 * 4096)
+        sequence = engine.new_sequence()
+        with pytest.raises(StorageError, match=r"layer-002.*expert \d+.*the file ends"):
+            engine.step([Chunk(sequence, tokens, 4)])
+        assert sequence.length == 0
+        file.write_bytes(whole)
+        found = engine.step([Chunk(sequence, tokens, 4, "all")])
+    assert np.array_equal(found, logits(tokens, 4))

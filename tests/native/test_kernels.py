@@ -1,0 +1,282 @@
+"""Every kernel table against planes.py, bit for bit where kernels.h promises it. Inputs are fresh in each run; the seed
+is printed with a failure (run again with D2MOE_SEED=...)."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+
+from d2moe import planes
+from d2moe.kernels import native
+from d2moe.types import WIDTHS, padded
+
+TABLES = ("scalar", "avx2", "avx512")
+GROUPS = (32, 64, 128)
+
+
+@pytest.fixture(params=TABLES)
+def table(request: pytest.FixtureRequest) -> str:
+    if request.param not in native.tables():
+        pytest.skip(f"kernel table {request.param} is NOT TESTED: not built, or this CPU lacks it")
+    return str(request.param)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int(os.environ.get("D2MOE_SEED", np.random.SeedSequence().generate_state(1)[0]))
+    print(f"D2MOE_SEED={seed}")
+    return np.random.default_rng(seed)
+
+
+class Case:
+    """A matrix with random codes and scales, and activations for it."""
+
+    def __init__(self, rng: np.random.Generator, rows: int, cols: int, group: int, m: int):
+        self.rows, self.cols, self.group = rows, cols, group
+        shape = (padded(rows, 16), padded(cols, group))
+        self.codes = rng.integers(0, 256, shape, np.uint8)
+        self.affine = rng.standard_normal((shape[0], shape[1] // group, 2)).astype(np.float16)
+        self.x = rng.standard_normal((m, cols), np.float32) * np.exp(rng.uniform(-3, 3, (m, cols)).astype(np.float32))
+        self.set_activations(*planes.quantize_activations(self.x, group))
+        self.set_codes(self.codes)
+
+    def set_codes(self, codes: np.ndarray) -> None:
+        self.codes, self.tiles = codes, planes.tile(codes, self.group)
+        self.base = planes.pack_base(self.tiles)
+        self.planes = [planes.pack_plane(self.tiles, bit) for bit in range(3, 9)]
+        self.affine_bits = planes.tile_affine(self.affine).view(np.uint16)
+
+    def set_activations(self, q: np.ndarray, scale: np.ndarray, total: np.ndarray) -> None:
+        self.q, self.scale, self.total = q, scale, total
+
+    def expected(self, bits: int) -> np.ndarray:
+        return planes.matmul(self.codes, self.affine, bits, self.q, self.scale, self.total)[:, : self.rows]
+
+    def run(self, table: str, bits: int, flat: bool, threads: int = 1, tokens: slice = slice(None)) -> np.ndarray:
+        stored = (self.tiles, None, []) if flat else (None, self.base, self.planes[: bits - 2])
+        activations = self.q[tokens], self.scale[tokens], self.total[tokens]
+        return native.matmul(
+            table, self.rows, self.cols, self.group, bits, self.affine_bits, *stored, *activations, threads
+        )
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> None:
+    assert a.dtype == b.dtype and a.shape == b.shape
+    kind = {2: np.uint16, 4: np.uint32, 1: np.uint8}[a.dtype.itemsize]
+    wrong = np.argwhere(a.view(kind) != b.view(kind))
+    assert not len(wrong), f"{len(wrong)} of {a.size} differ, first at {wrong[0]}: {a[tuple(wrong[0])]} {b[tuple(wrong[0])]}"
+
+
+def test_some_table_is_there() -> None:
+    assert native.tables()[0] == "scalar"
+    assert set(native.tables()) <= set(TABLES)
+
+
+# ---- activations -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", [*GROUPS, 96, 256])
+@pytest.mark.parametrize("cols", [1, 31, 64, 100, 515])
+def test_quantize_is_exact(table: str, rng: np.random.Generator, group: int, cols: int) -> None:
+    x = rng.standard_normal((7, cols), np.float32) * np.exp(rng.uniform(-40, 40, (7, 1)).astype(np.float32))
+    x[1] = 0
+    x[2] *= rng.random(cols) < 0.05
+    x[3] = rng.integers(-254, 255, cols) * np.float32(0.5)  # many exact halves
+    x[3, 0] = 127
+    x[4] = np.float32(2.0**-101)
+    for got, expected in zip(native.quantize_activations(table, x, group), planes.quantize_activations(x, group), strict=True):
+        same_bits(got, expected)
+
+
+# ---- products ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_matmul_is_exact(table: str, rng: np.random.Generator, group: int, bits: int, flat: bool) -> None:
+    for m in (1, 2, 3, 5, 17, 64):
+        case = Case(rng, int(rng.integers(1, 70)), int(rng.integers(1, 600)), group, m)
+        same_bits(case.run(table, bits, flat), case.expected(bits))
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("group", [32, 96, 160, 256])
+def test_matmul_of_many_columns(table: str, rng: np.random.Generator, group: int, flat: bool) -> None:
+    case = Case(rng, 19, 4000, group, 11)  # more columns than any kernel unpacks at a time
+    for bits in (2, 5, 8):
+        same_bits(case.run(table, bits, flat), case.expected(bits))
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+def test_extreme_codes_do_not_overflow(table: str, rng: np.random.Generator, flat: bool) -> None:
+    for group in (32, 64, 128, 256):
+        case = Case(rng, 33, 2 * group, group, 5)
+        case.set_codes(np.full_like(case.codes, 255))
+        q = np.full_like(case.q, 127)
+        q[1], q[2, ::2], q[3, ::2] = -127, -127, rng.choice([-127, 127], q.shape[1] // 2)
+        total = q.reshape(5, 2, group).sum(-1, dtype=np.int32)
+        case.set_activations(q, case.scale, total)
+        for bits in WIDTHS:
+            same_bits(case.run(table, bits, flat), case.expected(bits))
+
+
+def test_splits_do_not_show(table: str, rng: np.random.Generator) -> None:
+    case = Case(rng, 16 * 9 + 5, 1000, 64, 23)
+    for bits in WIDTHS:
+        whole = case.run(table, bits, False)
+        for threads in (2, 3, 7, 64):
+            same_bits(case.run(table, bits, False, threads), whole)
+        for size in (1, 2, 3, 4, 6, 9):
+            parts = [case.run(table, bits, False, tokens=slice(i, i + size)) for i in range(0, 23, size)]
+            same_bits(np.concatenate(parts), whole)
+
+
+def test_many_tokens_are_cut_alike(table: str, rng: np.random.Generator) -> None:
+    case = Case(rng, 16, 20000, 64, 130)  # more activations than stay in L2
+    same_bits(case.run(table, 3, False), case.expected(3))
+
+
+def test_padding_rows_are_not_written(table: str, rng: np.random.Generator) -> None:
+    # Rows are contiguous in y, so a write past a token's last row would land in the next token's first rows; tiles are
+    # computed in order, hence the last tile of token 0 after the first of token 1.
+    for rows in (1, 7, 15, 17, 31):
+        for m in (2, 6):
+            case = Case(rng, rows, 64, 32, m)
+            same_bits(case.run(table, 4, False), case.expected(4))
+
+
+def test_huge_and_tiny_scales(table: str, rng: np.random.Generator) -> None:
+    case = Case(rng, 32, 256, 64, 3)
+    case.affine[:16] = np.float16(6e-8)
+    case.affine[16:] = np.float16(65504)
+    case.set_codes(case.codes)
+    for bits in WIDTHS:
+        same_bits(case.run(table, bits, False), case.expected(bits))
+
+
+def test_wrong_arguments_are_refused(rng: np.random.Generator) -> None:
+    case = Case(rng, 32, 128, 64, 2)
+    good = ("scalar", 32, 128, 64, 4, case.affine_bits, None, case.base, case.planes, case.q, case.scale, case.total)
+    native.matmul(*good)
+    for at, bad in [
+        (0, "mmx"),
+        (1, 33),
+        (2, 129),
+        (3, 48),
+        (3, 512),
+        (4, 1),
+        (4, 9),
+        (5, case.affine_bits[:1]),
+        (6, case.tiles),
+        (7, case.base[:, :1]),
+        (8, case.planes[:1]),
+        (8, [case.base] * 6),
+        (9, case.q[:, :64].copy()),
+        (10, case.scale[:1]),
+        (11, case.total[:1]),
+    ]:
+        with pytest.raises(ValueError, match=r"\w{4}"):
+            native.matmul(*good[:at], bad, *good[at + 1 :])
+    with pytest.raises(ValueError, match="threads"):
+        native.matmul(*good, threads=0)
+    with pytest.raises(ValueError, match="group"):
+        native.quantize_activations("scalar", case.x, 33)
+    with pytest.raises(ValueError, match="vector op"):
+        native.vector_op("scalar", "norm", case.x[0])
+    with pytest.raises(ValueError, match="differ"):
+        native.vector_op("scalar", "dot_f32", case.x[0], case.x[0, 1:])
+    with pytest.raises(ValueError, match="uint16"):
+        native.vector_op("scalar", "to_f32", case.x[0])
+
+
+# ---- the small slots -----------------------------------------------------------------------------------------------
+
+LENGTHS = (0, 1, 7, 8, 15, 16, 17, 31, 63, 64, 100, 1000)
+
+
+def test_to_f32_of_every_half(table: str) -> None:
+    halves = np.arange(65536, dtype=np.uint16)
+    got, _ = native.vector_op(table, "to_f32", halves)
+    expected = halves.view(np.float16).astype(np.float32)
+    number = ~np.isnan(expected)
+    same_bits(got[number], expected[number])
+    assert np.isnan(got[~number]).all()
+
+
+def test_to_f16_rounds_half_to_even(table: str, rng: np.random.Generator) -> None:
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)  # all that are positive and finite
+    middles = (halves[1:] + halves[:-1]) / 2
+    x = [halves, middles, np.nextafter(middles, np.float32(0)), np.nextafter(middles, np.float32(np.inf))]
+    x += [np.array([65504, 65519.996, 65520, 65536, 3e38, np.inf, 2.0**-25, 2.0**-26, 1e-45, 0], np.float32)]
+    x += [rng.integers(0, 0x7F800000, 100_000, np.uint32).view(np.float32)]
+    both = np.concatenate([np.concatenate(x), -np.concatenate(x)])
+    with np.errstate(over="ignore", under="ignore"):
+        expected = both.astype(np.float16).view(np.uint16)
+    same_bits(native.vector_op(table, "to_f16", both)[0], expected)
+    nan, _ = native.vector_op(table, "to_f16", np.full(20, np.nan, np.float32))
+    assert np.isnan(nan.view(np.float16)).all()
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_conversions_of_any_length(table: str, rng: np.random.Generator, n: int) -> None:
+    x = rng.standard_normal(n).astype(np.float32)
+    halves, _ = native.vector_op(table, "to_f16", x)
+    same_bits(halves, x.astype(np.float16).view(np.uint16))
+    same_bits(native.vector_op(table, "to_f32", halves)[0], x.astype(np.float16).astype(np.float32))
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_sums(table: str, rng: np.random.Generator, n: int) -> None:
+    a, b = rng.standard_normal((2, n)).astype(np.float32)
+    half = a.astype(np.float16)
+    bound = 1e-6 * float(np.abs(a.astype(np.float64) * b).sum() + 1e-30)
+    assert abs(native.vector_op(table, "dot_f32", a, b)[1] - a.astype(np.float64) @ b) <= bound
+    expected = half.astype(np.float64) @ b
+    assert abs(native.vector_op(table, "dot_f16", half.view(np.uint16), b)[1] - expected) <= 2 * bound
+    squares = float(np.square(a, dtype=np.float64).sum())
+    assert native.vector_op(table, "sum_squares", a)[1] == pytest.approx(squares, rel=1e-6)
+    y, _ = native.vector_op(table, "axpy_f16", half.view(np.uint16), b, alpha=0.37)
+    np.testing.assert_allclose(y, b + np.float64(np.float32(0.37)) * half, rtol=1e-6, atol=1e-6)
+
+
+def test_exp_is_accurate(table: str, rng: np.random.Generator) -> None:
+    x = np.concatenate([rng.uniform(-87.3, 88.7, 200_000), rng.uniform(-1, 1, 50_000), [0, -0.0]]).astype(np.float32)
+    got, _ = native.vector_op(table, "exp_sum", x)  # the sum overflows
+    expected = np.exp(x.astype(np.float64))
+    assert np.abs(got / expected - 1).max() < 2e-6
+    assert got[-1] == got[-2] == 1
+
+
+def test_exp_far_out(table: str) -> None:
+    x = np.array([-87.5, -100, -104.5, -1000, -3e38, -np.inf], np.float32)
+    got, total = native.vector_op(table, "exp_sum", x)
+    np.testing.assert_allclose(got[:2], np.exp(x[:2].astype(np.float64)), rtol=0, atol=1e-44)
+    assert not got[2:].any() and np.isfinite(total)
+    assert np.isnan(native.vector_op(table, "exp_sum", np.array([np.nan], np.float32))[0]).all()
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_exp_sum_of_any_length(table: str, rng: np.random.Generator, n: int) -> None:
+    x = rng.standard_normal(n).astype(np.float32)
+    got, total = native.vector_op(table, "exp_sum", x, alpha=1.5)
+    np.testing.assert_allclose(got, np.exp((x - np.float32(1.5)).astype(np.float64)), rtol=2e-6)
+    assert total == pytest.approx(float(got.sum(dtype=np.float64)), rel=1e-5)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_silu_mul(table: str, rng: np.random.Generator, n: int) -> None:
+    gate, up = (rng.standard_normal((2, n)) * 10).astype(np.float32)
+    gate[: n // 4] *= 30  # exp(-gate) over- and underflows
+    got, _ = native.vector_op(table, "silu_mul", gate, up)
+    with np.errstate(over="ignore", under="ignore"):
+        expected = gate.astype(np.float64) / (1 + np.exp(-gate.astype(np.float64))) * up
+    np.testing.assert_allclose(got, expected, rtol=4e-6, atol=1e-30)
+
+
+def test_read_bandwidth(table: str) -> None:
+    assert native.read_bandwidth(8 << 20, 2, 0.0, table) > 1e6
+    with pytest.raises(ValueError, match="MiB"):
+        native.read_bandwidth(0, 1, 0.0, table)
