@@ -17,7 +17,8 @@ least sum over SEARCH_WIDTHS of 4**b * sum_i importance_i * (w_i - w_b,i)**2, im
 loss than the squared error of the weights says (docs/log.md).
 
 Products with int8 activations: x is cut into the same groups, x_i ≈ a * q_i with a = max|x| / 127 per group,
-q_i = round_half_even(x_i * (127 / max|x|)); a group whose max|x| is at most TINY is all zero. All arithmetic below is float32, one operation at a time, groups in order:
+q_i = round_half_even(x_i * (127 / max|x|)); a group whose max|x| is at most TINY is all zero. All arithmetic below is
+float32, one operation at a time, groups in order:
 
     y = 0;  per group:  y += a * (s * (dot + half * sum) + L * sum),   dot = Σ prefix_i * q_i,  sum = Σ q_i,
                         s = S / 256,  half = 2**(7-b)
@@ -170,7 +171,7 @@ def pack_base(tiles: U8) -> U8:
     """Base plane uint8 [tiles, groups, group/16, 64] of register-ordered codes."""
     t, g, j, _ = tiles.shape
     v = (tiles >> 6).reshape(t, g, j // 4, 4, 64)
-    return v[..., 0, :] | v[..., 1, :] << 2 | v[..., 2, :] << 4 | v[..., 3, :] << 6
+    return v[..., 0, :] | v[..., 1, :] << np.uint8(2) | v[..., 2, :] << np.uint8(4) | v[..., 3, :] << np.uint8(6)
 
 
 def pack_plane(tiles: U8, bit: int) -> U8:

@@ -11,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-import torch
 
 FAMILIES = ("qwen3_moe", "olmoe", "mixtral", "qwen2_moe")
 LAYOUTS = ("separate", "fused")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import (
     FAMILIES,
     Edit,
@@ -21,7 +22,6 @@ from checkpoints import (
 )
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
-import torch
 from d2moe.convert.huggingface import Checkpoint
 from d2moe.errors import CheckpointError, ConfigError, D2MoeError
 from d2moe.models import shape_from_config

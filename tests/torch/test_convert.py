@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import (
     FAMILIES,
     LAYOUTS,
@@ -24,7 +25,6 @@ from checkpoints import (
 )
 from safetensors.torch import load_file
 
-import torch
 from d2moe import planes
 from d2moe.container import Container
 from d2moe.container.safetensors_header import build_header

@@ -31,9 +31,8 @@ def reference_perplexity(
     D2MoeError if torch or transformers is not installed, CheckpointError if transformers cannot load `src`.
     """
     try:
-        import transformers
-
         import torch
+        import transformers
     except ImportError as error:
         raise D2MoeError(
             f"--reference needs {error.name}, which is not installed; run: pip install 'd2moe[torch]'"

@@ -139,6 +139,7 @@ class Decoder:
         for index, layer in enumerate(self.layers):
             layer.attention.forward(kv, index, places.position, places.sequence, places.tables, x)
             if layer.router is None:
+                assert layer.feed_forward is not None, "a layer without a router has a dense block"
                 layer.feed_forward.forward(n, h, x)
                 continue
             layer.router.forward(n, x, h, ids, gates)
