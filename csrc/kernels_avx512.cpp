@@ -14,7 +14,7 @@ namespace d2moe {
 namespace {
 
 constexpr int kFewTokens = 4;             // up to here codes are used straight from registers
-constexpr int kManyTokens = 8;            // above, so many tokens share each load of unpacked codes
+constexpr int kManyTokens = 12;           // above, so many tokens share each load of unpacked codes
 constexpr int64_t kChunkBytes = 24 << 10; // unpacked codes kept in L1 between two passes over the tokens
 constexpr int64_t kTokenBytes = 1 << 20;  // activations kept in L2 while all tiles pass
 constexpr int64_t kAheadBytes = 2048;     // software prefetch of the base; hardware prefetchers stop at 4 KiB pages
@@ -34,6 +34,15 @@ inline __m512i load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 // register moves and a separate broadcast, which halves the speed of prompts.
 inline __attribute__((always_inline)) void add_products(__m512i& sum, __m512i codes, const int8_t* q) {
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*reinterpret_cast<const int8_t(*)[4]>(q)));
+}
+template <int T, int C> inline void clear(__m512i (&dot)[T][C]) {
+  for (int i = 0; i < T; ++i)
+    for (int c = 0; c < C; ++c) dot[i][c] = _mm512_setzero_si512();
+}
+template <int C> inline __m512i total(const __m512i (&dot)[C]) {
+  if constexpr (C == 1) return dot[0];
+  else if constexpr (C == 2) return _mm512_add_epi32(dot[0], dot[1]);
+  else return _mm512_add_epi32(_mm512_add_epi32(dot[0], dot[1]), _mm512_add_epi32(dot[2], dot[3]));
 }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
@@ -124,8 +133,7 @@ void multiply_few(const Matrix& w, int bits, const Activations& x, int64_t tile0
       const int64_t block = tile * groups + g;
       const int8_t* q = x.q + g * group;
       __m512i dot[T][kChains];
-      for (int i = 0; i < T; ++i)
-        for (int c = 0; c < kChains; ++c) dot[i][c] = _mm512_setzero_si512();
+      clear(dot);
       for (int u = 0; u < units; ++u, q += 32) {
         prefetch_unit<BITS>(w, block * units + u, ahead);
         unit_codes<BITS>(w, mask, block * units + u, [&](__m512i code, auto f) __attribute__((always_inline)) {
@@ -138,10 +146,8 @@ void multiply_few(const Matrix& w, int bits, const Activations& x, int64_t tile0
       prefetch(reinterpret_cast<const uint8_t*>(scales) + kAheadBytes);
       const Affine affine(scales);
       for (int i = 0; i < T; ++i) {
-        __m512i sum = dot[i][0];
-        for (int c = 1; c < kChains; ++c) sum = _mm512_add_epi32(sum, dot[i][c]);
         const float t = float(x.sum[i * groups + g]);
-        acc[i] = affine.add(acc[i], sum, half * t, t, x.scale[i * groups + g]);
+        acc[i] = affine.add(acc[i], total(dot[i]), half * t, t, x.scale[i * groups + g]);
       }
     }
     const __mmask16 rows = row_mask(w, tile);
@@ -169,7 +175,11 @@ struct Chunk {
   __mmask16 rows;
 };
 
+// Sums in flight per token for T tokens: vpdpbusd takes 5 cycles and two start in each, so at least 10 in all.
+constexpr int chains(int tokens) { return tokens >= 10 ? 1 : tokens >= 5 ? 2 : 4; }
+
 template <int T> void multiply_chunk(const Chunk& c, const Activations& x, int64_t groups, int64_t i0, float* y, int64_t ldy) {
+  constexpr int kChains = chains(T);
   const int64_t stride = groups * c.group;
   const int8_t* q = x.q + i0 * stride + c.group0 * c.group;
   const float* scale = x.scale + i0 * groups + c.group0;
@@ -185,14 +195,16 @@ template <int T> void multiply_chunk(const Chunk& c, const Activations& x, int64
   }
   const uint8_t* codes = c.codes;
   for (int64_t g = 0; g < c.count; ++g) {
-    __m512i dot[T];
-    for (int i = 0; i < T; ++i) dot[i] = _mm512_setzero_si512();
-    for (int j = 0; j < c.group; j += 4, q += 4, codes += 64) {
-      const __m512i code = _mm512_load_si512(codes);
-      for (int i = 0; i < T; ++i) add_products(dot[i], code, q + i * stride);
-    }
+    __m512i dot[T][kChains];
+    clear(dot);
+    for (int j = 0; j < c.group; j += 32, q += 32, codes += 512)
+      unrolled<8>([&](auto f) __attribute__((always_inline)) {
+        constexpr int F = decltype(f)::value;
+        const __m512i code = _mm512_load_si512(codes + 64 * F);
+        for (int i = 0; i < T; ++i) add_products(dot[i][F % kChains], code, q + i * stride + 4 * F);
+      });
     const Affine affine(c.affine + g * 2 * kTileRows);
-    for (int i = 0; i < T; ++i) acc[i] = affine.add(acc[i], dot[i], half_t[i][g], t[i][g], scale[i * groups + g]);
+    for (int i = 0; i < T; ++i) acc[i] = affine.add(acc[i], total(dot[i]), half_t[i][g], t[i][g], scale[i * groups + g]);
   }
   for (int i = 0; i < T; ++i) _mm512_mask_storeu_ps(y + i * ldy, c.rows, acc[i]);
 }
@@ -213,6 +225,7 @@ void multiply_many(const Matrix& w, int bits, const Activations& x, int64_t tile
       float* out = y + tile * kTileRows;
       int64_t i = 0;
       for (; i + kManyTokens <= x.m; i += kManyTokens) multiply_chunk<kManyTokens>(c, x, groups, i, out + i * ldy, ldy);
+      for (; i + 8 <= x.m; i += 8) multiply_chunk<8>(c, x, groups, i, out + i * ldy, ldy);
       for (; i + 4 <= x.m; i += 4) multiply_chunk<4>(c, x, groups, i, out + i * ldy, ldy);
       for (; i + 2 <= x.m; i += 2) multiply_chunk<2>(c, x, groups, i, out + i * ldy, ldy);
       for (; i < x.m; ++i) multiply_chunk<1>(c, x, groups, i, out + i * ldy, ldy);
@@ -229,7 +242,7 @@ template <int BITS> Multiply choose(int64_t m) {
 void matmul(const Matrix& w, int bits, const Activations& x, int64_t tile0, int64_t tile1, float* y, int64_t ldy) {
   constexpr Multiply (*by_width[])(int64_t) = {choose<2>, choose<3>, choose<4>, choose<5>, choose<6>, choose<7>, choose<8>};
   const int64_t groups = w.shape.groups(), stride = groups * w.shape.group;
-  const int64_t most = least(x.m, kTokenBytes / stride > 64 ? kTokenBytes / stride & -kManyTokens : 64);
+  const int64_t most = least(x.m, kTokenBytes / stride > 60 ? kTokenBytes / stride / kManyTokens * kManyTokens : 60);
   for (int64_t i = 0; i < x.m; i += most) {
     const Activations part{x.q + i * stride, x.scale + i * groups, x.sum + i * groups, least(most, x.m - i)};
     (w.flat ? choose<0> : by_width[bits - kBaseBits])(part.m)(w, bits, part, tile0, tile1, y + i * ldy, ldy);

@@ -18,6 +18,7 @@ inline void relax() {
 #endif
 }
 
+constexpr int kPolite = 2000; // pauses before a spinning thread offers its CPU to others
 constexpr auto kSpin = std::chrono::microseconds(60); // a decode step's serial parts are shorter than this
 
 } // namespace
@@ -60,7 +61,10 @@ void Pool::run(int64_t n, int64_t grain, Body body, void* context) {
     wake_.notify_all();
   }
   take(0);
-  while (busy_.load(std::memory_order_acquire) > 0) relax();
+  for (int spins = 0; busy_.load(std::memory_order_acquire) > 0;) {
+    relax();
+    if (++spins > kPolite) std::this_thread::yield(); // the last worker may be waiting for this very CPU
+  }
 }
 
 void Pool::work(int thread) {
