@@ -47,7 +47,9 @@ class Weights:
     def layout(self, bits: int, rows: int = 0) -> MatrixLayout:
         return MatrixLayout(rows or -(-self.n_bytes * 8 // (bits * COLS * 16)) * 16, COLS, GROUP)
 
-    def call(self, table: str, bits: int, flat: bool, threads: int, m: int = 1, rows: int = 0) -> tuple[Callable[[], None], int, int]:
+    def call(
+        self, table: str, bits: int, flat: bool, threads: int, m: int = 1, rows: int = 0
+    ) -> tuple[Callable[[], None], int, int]:
         """The product, the bytes it reads, its multiply-adds."""
         layout = self.layout(8 if flat else bits, rows)
         t, g = layout.tiles, layout.groups
@@ -89,13 +91,13 @@ def whole_numbers(_: click.Context, __: click.Parameter, value: str) -> list[int
 @click.option("--rounds", default=7, show_default=True, type=click.IntRange(1))
 @click.option("--gigabytes", default=1.0, show_default=True, help="Size of the weights at every width.")
 @click.option("--table", default=None, help="Kernel table; the best one if not given.")
-def main(bits: list[int], threads: list[int], tokens: list[int], rounds: int, gigabytes: float, table: str | None) -> None:
+def main(
+    bits: list[int], threads: list[int], tokens: list[int], rounds: int, gigabytes: float, table: str | None
+) -> None:
     """Matrix-vector speed at each width as a share of read bandwidth, and matrix-matrix speed."""
     table = table or native.tables()[-1]
     weights = Weights(int(gigabytes * 2**30))
-    calls = {
-        (n, b, flat): weights.call(table, b, flat, n) for n in threads for flat in (False, True) for b in bits
-    }
+    calls = {(n, b, flat): weights.call(table, b, flat, n) for n in threads for flat in (False, True) for b in bits}
     prompts = {(n, b, m): weights.call(table, b, False, n, m, 4096) for n in threads for b in bits for m in tokens}
     bandwidth: dict[int, list[float]] = {n: [] for n in threads}
     speed: dict[tuple[int, int, bool], list[float]] = {key: [] for key in calls}
@@ -124,10 +126,18 @@ def report(
     speed: dict[tuple[int, int, bool], list[float]],
     macs: dict[tuple[int, int, int], list[float]],
 ) -> None:
-    out = Table(title=f"kernel table {table}, {n_bytes / 2**30:.1f} GiB of weights, group {GROUP}: median (low to high)")
+    out = Table(
+        title=f"kernel table {table}, {n_bytes / 2**30:.1f} GiB of weights, group {GROUP}: median (low to high)"
+    )
     for column in ("what", "threads", "GB/s", "of bandwidth"):
         out.add_column(column, justify="right")
-    line: dict[str, object] = {"benchmark": "matvec", "table": table, "bytes": n_bytes, "group": GROUP, "rounds": len(next(iter(bandwidth.values())))}
+    line: dict[str, object] = {
+        "benchmark": "matvec",
+        "table": table,
+        "bytes": n_bytes,
+        "group": GROUP,
+        "rounds": len(next(iter(bandwidth.values()))),
+    }
     rows = []
 
     def text(s: dict[str, float], digits: int) -> str:

@@ -14,11 +14,10 @@ namespace d2moe {
 namespace {
 
 constexpr int kFewTokens = 4;             // up to here codes are used straight from registers
-constexpr int kManyTokens = 12;           // above, so many tokens share each load of unpacked codes
-constexpr int64_t kChunkBytes = 24 << 10; // unpacked codes kept in L1 between two passes over the tokens
-constexpr int64_t kTokenBytes = 1 << 20;  // activations kept in L2 while all tiles pass
+constexpr int kPanelTokens = 96;          // above, the activations of so many tokens and columns are kept at hand, in
+constexpr int kPanelCols = 512;           // L2, and the codes of one tile's columns, unpacked once, in L1
+constexpr int kPanelGroups = kPanelCols / 32;
 constexpr int64_t kAheadBytes = 2048;     // software prefetch of the base; hardware prefetchers stop at 4 KiB pages
-constexpr int kMaxGroups = kChunkBytes / (kTileRows * 32);
 
 template <int N> struct Index { static constexpr int value = N; };
 template <class F, int... I> inline __attribute__((always_inline)) void each(F&& f, std::integer_sequence<int, I...>) {
@@ -131,16 +130,18 @@ void multiply_few(const Matrix& w, int bits, const Activations& x, int64_t tile0
     for (int i = 0; i < T; ++i) acc[i] = _mm512_setzero_ps();
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t block = tile * groups + g;
-      const int8_t* q = x.q + g * group;
+      const int8_t* q[T];
+      for (int i = 0; i < T; ++i) q[i] = x.q + i * stride + g * group;
       __m512i dot[T][kChains];
       clear(dot);
-      for (int u = 0; u < units; ++u, q += 32) {
+      for (int u = 0; u < units; ++u) {
         prefetch_unit<BITS>(w, block * units + u, ahead);
         unit_codes<BITS>(w, mask, block * units + u, [&](__m512i code, auto f) __attribute__((always_inline)) {
           constexpr int F8 = decltype(f)::value;
           for (int i = 0; i < T; ++i)
-            add_products(dot[i][F8 % kChains], code, q + i * stride + 4 * F8);
+            add_products(dot[i][F8 % kChains], code, q[i] + 4 * F8);
         });
+        for (int i = 0; i < T; ++i) q[i] += 32;
       }
       const uint16_t* scales = w.affine + block * 2 * kTileRows;
       prefetch(reinterpret_cast<const uint8_t*>(scales) + kAheadBytes);
@@ -165,71 +166,83 @@ template <int BITS> void unpack(const Matrix& w, int bits, int64_t unit0, int64_
     });
 }
 
-// A run of groups of one tile, unpacked.
-struct Chunk {
-  const uint8_t* codes;
-  const uint16_t* affine;
+// Some columns of some tokens, copied to fixed distances: then one pointer addresses all tokens of a product.
+struct Panel {
+  alignas(64) int8_t q[kPanelTokens][kPanelCols + 64]; // 64: rows shall not fall into the same cache sets
+  float t[kPanelTokens][kPanelGroups], half_t[kPanelTokens][kPanelGroups], scale[kPanelTokens][kPanelGroups];
   int64_t group0, count;
   int group;
-  float half;
-  __mmask16 rows;
+
+  void fill(const Activations& x, int64_t groups, float half) {
+    for (int64_t i = 0; i < x.m; ++i) {
+      const int8_t* from = x.q + (i * groups + group0) * group;
+      for (int64_t c = 0; c < count * group; c += 32)
+        _mm256_store_si256(reinterpret_cast<__m256i*>(q[i] + c), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + c)));
+      for (int64_t g = 0; g < count; ++g) {
+        const int64_t at = i * groups + group0 + g;
+        t[i][g] = float(x.sum[at]);
+        half_t[i][g] = half * t[i][g];
+        scale[i][g] = x.scale[at];
+      }
+    }
+  }
 };
 
 // Sums in flight per token for T tokens: vpdpbusd takes 5 cycles and two start in each, so at least 10 in all.
 constexpr int chains(int tokens) { return tokens >= 10 ? 1 : tokens >= 5 ? 2 : 4; }
 
-template <int T> void multiply_chunk(const Chunk& c, const Activations& x, int64_t groups, int64_t i0, float* y, int64_t ldy) {
+template <int T>
+void multiply_panel(const Panel& p, int64_t i0, const uint8_t* codes, const uint16_t* affine, __mmask16 rows, float* y, int64_t ldy) {
   constexpr int kChains = chains(T);
-  const int64_t stride = groups * c.group;
-  const int8_t* q = x.q + i0 * stride + c.group0 * c.group;
-  const float* scale = x.scale + i0 * groups + c.group0;
-  alignas(64) float t[T][kMaxGroups], half_t[T][kMaxGroups];
   __m512 acc[T];
-  for (int i = 0; i < T; ++i) {
-    acc[i] = c.group0 ? _mm512_maskz_loadu_ps(c.rows, y + i * ldy) : _mm512_setzero_ps();
-    const int32_t* sum = x.sum + (i0 + i) * groups + c.group0;
-    for (int64_t g = 0; g < c.count; ++g) {
-      t[i][g] = float(sum[g]);
-      half_t[i][g] = c.half * t[i][g];
-    }
-  }
-  const uint8_t* codes = c.codes;
-  for (int64_t g = 0; g < c.count; ++g) {
+  for (int i = 0; i < T; ++i) acc[i] = p.group0 ? _mm512_maskz_loadu_ps(rows, y + i * ldy) : _mm512_setzero_ps();
+  const int8_t* q = p.q[i0];
+  for (int64_t g = 0; g < p.count; ++g) {
     __m512i dot[T][kChains];
     clear(dot);
-    for (int j = 0; j < c.group; j += 32, q += 32, codes += 512)
+    for (int j = 0; j < p.group; j += 32, q += 32, codes += 512)
       unrolled<8>([&](auto f) __attribute__((always_inline)) {
         constexpr int F = decltype(f)::value;
         const __m512i code = _mm512_load_si512(codes + 64 * F);
-        for (int i = 0; i < T; ++i) add_products(dot[i][F % kChains], code, q + i * stride + 4 * F);
+        for (int i = 0; i < T; ++i) add_products(dot[i][F % kChains], code, q + i * int(sizeof p.q[0]) + 4 * F);
       });
-    const Affine affine(c.affine + g * 2 * kTileRows);
-    for (int i = 0; i < T; ++i) acc[i] = affine.add(acc[i], total(dot[i]), half_t[i][g], t[i][g], scale[i * groups + g]);
+    const Affine scales(affine + g * 2 * kTileRows);
+    for (int i = 0; i < T; ++i) acc[i] = scales.add(acc[i], total(dot[i]), p.half_t[i0 + i][g], p.t[i0 + i][g], p.scale[i0 + i][g]);
   }
-  for (int i = 0; i < T; ++i) _mm512_mask_storeu_ps(y + i * ldy, c.rows, acc[i]);
+  for (int i = 0; i < T; ++i) _mm512_mask_storeu_ps(y + i * ldy, rows, acc[i]);
 }
 
+// x.m is at most kPanelTokens.
 template <int BITS>
 void multiply_many(const Matrix& w, int bits, const Activations& x, int64_t tile0, int64_t tile1, float* y, int64_t ldy) {
-  alignas(64) uint8_t codes[kChunkBytes];
-  const int group = w.shape.group, units = group / 32;
-  const int64_t groups = w.shape.groups(), most = kChunkBytes / (kTileRows * group);
-  const float half = float(1 << (8 - bits)) * 0.5f;
-  for (int64_t tile = tile0; tile < tile1; ++tile)
-    for (int64_t g = 0; g < groups; g += most) {
-      const int64_t count = least(most, groups - g), block = tile * groups + g;
-      unpack<BITS>(w, bits, block * units, count * units, codes);
-      // The next chunk comes in while this one is multiplied.
-      for (int64_t u = 0; u < count * units; ++u) prefetch_unit<BITS>(w, block * units + u, count * units);
-      const Chunk c{codes, w.affine + block * 2 * kTileRows, g, count, group, half, row_mask(w, tile)};
+  alignas(64) uint8_t codes[kTileRows * kPanelCols];
+  Panel p;
+  const int units = w.shape.group / 32;
+  const int64_t groups = w.shape.groups(), most = kPanelCols / w.shape.group;
+  p.group = w.shape.group;
+  for (p.group0 = 0; p.group0 < groups; p.group0 += most) {
+    p.count = least(most, groups - p.group0);
+    p.fill(x, groups, float(1 << (8 - bits)) * 0.5f);
+    for (int64_t tile = tile0; tile < tile1; ++tile) {
+      const int64_t block = tile * groups + p.group0;
+      unpack<BITS>(w, bits, block * units, p.count * units, codes);
+      // The next tile comes in while this one is multiplied.
+      for (int64_t u = 0; u < p.count * units; ++u) prefetch_unit<BITS>(w, block * units + u, groups * units);
+      const uint16_t* affine = w.affine + block * 2 * kTileRows;
+      const __mmask16 rows = row_mask(w, tile);
       float* out = y + tile * kTileRows;
       int64_t i = 0;
-      for (; i + kManyTokens <= x.m; i += kManyTokens) multiply_chunk<kManyTokens>(c, x, groups, i, out + i * ldy, ldy);
-      for (; i + 8 <= x.m; i += 8) multiply_chunk<8>(c, x, groups, i, out + i * ldy, ldy);
-      for (; i + 4 <= x.m; i += 4) multiply_chunk<4>(c, x, groups, i, out + i * ldy, ldy);
-      for (; i + 2 <= x.m; i += 2) multiply_chunk<2>(c, x, groups, i, out + i * ldy, ldy);
-      for (; i < x.m; ++i) multiply_chunk<1>(c, x, groups, i, out + i * ldy, ldy);
+      const auto take = [&](auto tokens) __attribute__((always_inline)) {
+        constexpr int T = decltype(tokens)::value;
+        for (; i + T <= x.m; i += T) multiply_panel<T>(p, i, codes, affine, rows, out + i * ldy, ldy);
+      };
+      take(Index<12>{});
+      take(Index<8>{});
+      take(Index<4>{});
+      take(Index<2>{});
+      take(Index<1>{});
     }
+  }
 }
 
 using Multiply = void (*)(const Matrix&, int, const Activations&, int64_t, int64_t, float*, int64_t);
@@ -242,9 +255,8 @@ template <int BITS> Multiply choose(int64_t m) {
 void matmul(const Matrix& w, int bits, const Activations& x, int64_t tile0, int64_t tile1, float* y, int64_t ldy) {
   constexpr Multiply (*by_width[])(int64_t) = {choose<2>, choose<3>, choose<4>, choose<5>, choose<6>, choose<7>, choose<8>};
   const int64_t groups = w.shape.groups(), stride = groups * w.shape.group;
-  const int64_t most = least(x.m, kTokenBytes / stride > 60 ? kTokenBytes / stride / kManyTokens * kManyTokens : 60);
-  for (int64_t i = 0; i < x.m; i += most) {
-    const Activations part{x.q + i * stride, x.scale + i * groups, x.sum + i * groups, least(most, x.m - i)};
+  for (int64_t i = 0; i < x.m; i += kPanelTokens) {
+    const Activations part{x.q + i * stride, x.scale + i * groups, x.sum + i * groups, least(kPanelTokens, x.m - i)};
     (w.flat ? choose<0> : by_width[bits - kBaseBits])(part.m)(w, bits, part, tile0, tile1, y + i * ldy, ldy);
   }
 }

@@ -41,8 +41,8 @@ class _Conversion:
 def convert(src: str, dst: str, group: str, threads: int | None, ignore_config_keys: tuple[str, ...]) -> None:
     """Convert a checkpoint to a nested model.
 
-    SRC is the folder of a Hugging Face checkpoint (safetensors, sharded or not), DST the model to make. It is read tensor
-    by tensor. Interrupted, it leaves DST.partial, and the same command goes on there.
+    SRC is the folder of a Hugging Face checkpoint (safetensors, sharded or not), DST the model to make. It is read
+    tensor by tensor. Interrupted, it leaves DST.partial, and the same command goes on there.
 
     \b
     Examples:
