@@ -4,8 +4,11 @@
 //  * nested products: dot and sum are exact integers; the float part is done exactly as written at `matmul`, groups in
 //    ascending order, separate multiply and add (the files are compiled with -ffp-contract=off). So tables agree bit for bit.
 //  * quantize: max, one division, multiply, round half to even. Bit for bit, too.
-//  * the other slots may add in their own order (logits agree to 1e-5), but one output may depend only on its own
-//    inputs, never on how many other rows or tokens are in the call: batch splits and threads must not show.
+//  * the other slots, too: the scalar table fixes the order of additions (32 or 16 interleaved lanes, added half to half)
+//    and every operation of exp, so that logits are the same whatever the table. A last-bit difference would not stay
+//    small: it moves an activation over a rounding step, and that is one part in 127.
+//  * one output may depend only on its own inputs, never on how many other rows or tokens are in the call: batch splits
+//    and threads must not show.
 //  * the files share no inline code: a helper compiled for AVX-512 must not be picked by the linker for a plain CPU.
 #pragma once
 #include "layout.h"

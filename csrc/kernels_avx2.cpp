@@ -231,29 +231,35 @@ void quantize(const float* x, int64_t cols, int group, int8_t* q, float* scale, 
   }
 }
 
-// sum of a(i) * b[i] over whole registers, four sums in flight; the caller adds the tail.
-template <class A> inline __m256 dot(int64_t n, const float* b, A&& a) {
+// sum of a(i) * b[i] in 32 lanes, multiply and add apart, lanes half to half: as in the scalar table. a_tail and b_tail
+// hold what is left after whole 32s, padded with zeros.
+template <class A> inline float dot(int64_t whole, const float* b, A&& a, const __m256* a_tail, const float* b_tail) {
   __m256 acc[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
-  int64_t i = 0;
-  for (; i + 32 <= n; i += 32)
-    for (int l = 0; l < 4; ++l) acc[l] = _mm256_fmadd_ps(a(i + 8 * l), _mm256_loadu_ps(b + i + 8 * l), acc[l]);
-  for (; i + 8 <= n; i += 8) acc[0] = _mm256_fmadd_ps(a(i), _mm256_loadu_ps(b + i), acc[0]);
-  return _mm256_add_ps(_mm256_add_ps(acc[0], acc[1]), _mm256_add_ps(acc[2], acc[3]));
+  for (int64_t i = 0; i < whole; i += 32)
+    for (int l = 0; l < 4; ++l) acc[l] = _mm256_add_ps(acc[l], _mm256_mul_ps(a(i + 8 * l), _mm256_loadu_ps(b + i + 8 * l)));
+  for (int l = 0; a_tail && l < 4; ++l) acc[l] = _mm256_add_ps(acc[l], _mm256_mul_ps(a_tail[l], _mm256_load_ps(b_tail + 8 * l)));
+  return add_lanes(_mm256_add_ps(_mm256_add_ps(acc[0], acc[2]), _mm256_add_ps(acc[1], acc[3])));
 }
 
 float dot_f32(const float* a, const float* b, int64_t n) {
-  const int64_t whole = n & -8;
-  const Tail<float> at(a + whole, n - whole), bt(b + whole, n - whole);
-  const __m256 acc = dot(whole, b, [&](int64_t i) { return _mm256_loadu_ps(a + i); });
-  return add_lanes(_mm256_fmadd_ps(_mm256_load_ps(at.v), _mm256_load_ps(bt.v), acc));
+  const int64_t whole = n & -32;
+  const auto load = [&](int64_t i) { return _mm256_loadu_ps(a + i); };
+  if (whole == n) return dot(whole, b, load, nullptr, nullptr);
+  alignas(32) float at[32] = {}, bt[32] = {};
+  for (int64_t i = whole; i < n; ++i) at[i - whole] = a[i], bt[i - whole] = b[i];
+  const __m256 tail[4] = {_mm256_load_ps(at), _mm256_load_ps(at + 8), _mm256_load_ps(at + 16), _mm256_load_ps(at + 24)};
+  return dot(whole, b, load, tail, bt);
 }
 
 float dot_f16(const uint16_t* a, const float* b, int64_t n) {
-  const int64_t whole = n & -8;
-  const Tail<uint16_t> at(a + whole, n - whole);
-  const Tail<float> bt(b + whole, n - whole);
-  const __m256 acc = dot(whole, b, [&](int64_t i) { return halves(a + i); });
-  return add_lanes(_mm256_fmadd_ps(halves(at.v), _mm256_load_ps(bt.v), acc));
+  const int64_t whole = n & -32;
+  const auto load = [&](int64_t i) { return halves(a + i); };
+  if (whole == n) return dot(whole, b, load, nullptr, nullptr);
+  alignas(32) uint16_t at[32] = {};
+  alignas(32) float bt[32] = {};
+  for (int64_t i = whole; i < n; ++i) at[i - whole] = a[i], bt[i - whole] = b[i];
+  const __m256 tail[4] = {halves(at), halves(at + 8), halves(at + 16), halves(at + 24)};
+  return dot(whole, b, load, tail, bt);
 }
 
 float sum_squares(const float* x, int64_t n) { return dot_f32(x, x, n); }
@@ -261,47 +267,42 @@ float sum_squares(const float* x, int64_t n) { return dot_f32(x, x, n); }
 void axpy_f16(float alpha, const uint16_t* x, float* y, int64_t n) {
   const __m256 a = _mm256_set1_ps(alpha);
   const int64_t whole = n & -8;
-  for (int64_t i = 0; i < whole; i += 8) _mm256_storeu_ps(y + i, _mm256_fmadd_ps(a, halves(x + i), _mm256_loadu_ps(y + i)));
+  for (int64_t i = 0; i < whole; i += 8) _mm256_storeu_ps(y + i, _mm256_add_ps(_mm256_loadu_ps(y + i), _mm256_mul_ps(a, halves(x + i))));
   const Tail<uint16_t> xt(x + whole, n - whole);
   Tail<float> yt(y + whole, n - whole);
-  _mm256_store_ps(yt.v, _mm256_fmadd_ps(a, halves(xt.v), _mm256_load_ps(yt.v)));
+  _mm256_store_ps(yt.v, _mm256_add_ps(_mm256_load_ps(yt.v), _mm256_mul_ps(a, halves(xt.v))));
   yt.put(y + whole, n - whole);
 }
 
 inline __m256 power_of_two(__m256i n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23)); }
 
-// 2^n * p(r), x = n ln2 + r, |r| <= ln2/2; Taylor to r^6: relative error below 3e-7. 2^n in two factors, so that it
-// under- and overflows properly.
+// As in the scalar table, operation by operation.
 inline __m256 exponential(__m256 x) {
   x = _mm256_max_ps(_mm256_set1_ps(-150.0f), _mm256_min_ps(_mm256_set1_ps(150.0f), x)); // this order lets NaN through
   const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
-  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+  __m256 r = _mm256_sub_ps(x, _mm256_mul_ps(n, _mm256_set1_ps(0.693359375f)));
+  r = _mm256_sub_ps(r, _mm256_mul_ps(n, _mm256_set1_ps(-2.12194440e-4f)));
   __m256 p = _mm256_set1_ps(1.0f / 720);
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 120));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 24));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 6));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+  for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = _mm256_add_ps(_mm256_mul_ps(p, r), _mm256_set1_ps(c));
   const __m256i whole = _mm256_cvtps_epi32(n), part = _mm256_srai_epi32(whole, 1);
   return _mm256_mul_ps(_mm256_mul_ps(p, power_of_two(part)), power_of_two(_mm256_sub_epi32(whole, part)));
 }
 
 float exp_sum(float* x, float offset, int64_t n) {
   const __m256 o = _mm256_set1_ps(offset);
-  __m256 sum = _mm256_setzero_ps();
+  __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()}; // 16 lanes
   const int64_t whole = n & -8;
   for (int64_t i = 0; i < whole; i += 8) {
     const __m256 e = exponential(_mm256_sub_ps(_mm256_loadu_ps(x + i), o));
     _mm256_storeu_ps(x + i, e);
-    sum = _mm256_add_ps(sum, e);
+    sum[i / 8 % 2] = _mm256_add_ps(sum[i / 8 % 2], e);
   }
   Tail<float> xt(x + whole, n - whole);
   _mm256_store_ps(xt.v, exponential(_mm256_sub_ps(_mm256_load_ps(xt.v), o)));
   xt.put(x + whole, n - whole);
   const Tail<float> last(x + whole, n - whole); // only what belongs to the sum
-  return add_lanes(_mm256_add_ps(sum, _mm256_load_ps(last.v)));
+  sum[whole / 8 % 2] = _mm256_add_ps(sum[whole / 8 % 2], _mm256_load_ps(last.v));
+  return add_lanes(_mm256_add_ps(sum[0], sum[1]));
 }
 
 inline __m256 silu(__m256 g) {

@@ -73,6 +73,21 @@ template <int BITS, class F> inline __attribute__((always_inline)) void nested_u
   });
 }
 
+// Two bits only: the fields are left where they are, bits 2i+1..2i for register i of a word; total_of_fields shifts the
+// sums instead of the codes.
+template <class F> inline __attribute__((always_inline)) void base_fields(const Matrix& w, int64_t unit, F&& use) {
+  const uint8_t* base = w.base + unit * 128;
+  unrolled<8>([&](auto f) {
+    constexpr int F8 = decltype(f)::value;
+    use(_mm512_and_si512(load(base + F8 / 4 * 64), _mm512_set1_epi8(char(3 << 2 * (F8 % 4)))), f);
+  });
+}
+
+inline __m512i total_of_fields(const __m512i (&dot)[4]) {
+  return _mm512_add_epi32(_mm512_add_epi32(_mm512_slli_epi32(dot[0], 6), _mm512_slli_epi32(dot[1], 4)),
+                          _mm512_add_epi32(_mm512_slli_epi32(dot[2], 2), dot[3]));
+}
+
 template <class F> inline __attribute__((always_inline)) void flat_unit(const Matrix& w, __m512i mask, int64_t unit, F&& use) {
   const uint8_t* flat = w.flat + unit * 512;
   unrolled<8>([&](auto f) { use(_mm512_and_si512(load(flat + 64 * decltype(f)::value), mask), f); });
@@ -90,9 +105,10 @@ template <int BITS> inline void prefetch_unit(const Matrix& w, int64_t unit, int
 }
 
 // BITS 0 stands for a flat matrix at any width: there the width is only a mask.
-template <int BITS, class F> inline __attribute__((always_inline)) void unit_codes(const Matrix& w, __m512i mask, int64_t unit, F&& use) {
+template <int BITS, bool IN_PLACE, class F> inline __attribute__((always_inline)) void unit_codes(const Matrix& w, __m512i mask, int64_t unit, F&& use) {
   if constexpr (BITS == 0) flat_unit(w, mask, unit, use);
-  else nested_unit<BITS>(w, unit, use);
+  else if constexpr (IN_PLACE) nested_unit<BITS>(w, unit, use);
+  else base_fields(w, unit, use);
 }
 
 // ---- the float part: exactly as at KernelTable::matmul -----------------------------------------------------------
@@ -103,10 +119,9 @@ struct Affine {
       : s(_mm512_mul_ps(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), _mm512_set1_ps(0x1p-8f))),
         low(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + kTileRows)))) {}
 
-  __m512 add(__m512 acc, __m512i dot, float half_t, float t, float scale) const {
-    const __m512 inner = _mm512_add_ps(_mm512_mul_ps(s, _mm512_add_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(half_t))),
-                                       _mm512_mul_ps(low, _mm512_set1_ps(t)));
-    return _mm512_add_ps(acc, _mm512_mul_ps(_mm512_set1_ps(scale), inner));
+  __m512 add(__m512 acc, __m512i dot, __m512 half_t, __m512 t, __m512 scale) const {
+    const __m512 inner = _mm512_add_ps(_mm512_mul_ps(s, _mm512_add_ps(_mm512_cvtepi32_ps(dot), half_t)), _mm512_mul_ps(low, t));
+    return _mm512_add_ps(acc, _mm512_mul_ps(scale, inner));
   }
 };
 
@@ -119,11 +134,12 @@ inline __mmask16 row_mask(const Matrix& w, int64_t tile) {
 
 template <int BITS, int T>
 void multiply_few(const Matrix& w, int bits, const Activations& x, int64_t tile0, int64_t tile1, float* y, int64_t ldy) {
-  constexpr int kChains = T == 1 ? 4 : 2; // sums in flight per token, against the latency of vpdpbusd
+  constexpr bool in_place = BITS != 2;
+  constexpr int kChains = T == 1 || !in_place ? 4 : 2; // sums in flight per token, against the latency of vpdpbusd
   const int group = w.shape.group, units = group / 32;
   const int64_t groups = w.shape.groups(), stride = groups * group;
   const int64_t ahead = BITS ? kAheadBytes / 128 : kAheadBytes / 512;
-  const float half = float(1 << (8 - bits)) * 0.5f;
+  const __m512 half = _mm512_set1_ps(float(1 << (8 - bits)) * 0.5f);
   const __m512i mask = _mm512_set1_epi8(char(0xFF00 >> bits));
   for (int64_t tile = tile0; tile < tile1; ++tile) {
     __m512 acc[T];
@@ -136,7 +152,7 @@ void multiply_few(const Matrix& w, int bits, const Activations& x, int64_t tile0
       clear(dot);
       for (int u = 0; u < units; ++u) {
         prefetch_unit<BITS>(w, block * units + u, ahead);
-        unit_codes<BITS>(w, mask, block * units + u, [&](__m512i code, auto f) __attribute__((always_inline)) {
+        unit_codes<BITS, in_place>(w, mask, block * units + u, [&](__m512i code, auto f) __attribute__((always_inline)) {
           constexpr int F8 = decltype(f)::value;
           for (int i = 0; i < T; ++i)
             add_products(dot[i][F8 % kChains], code, q[i] + 4 * F8);
@@ -147,8 +163,11 @@ void multiply_few(const Matrix& w, int bits, const Activations& x, int64_t tile0
       prefetch(reinterpret_cast<const uint8_t*>(scales) + kAheadBytes);
       const Affine affine(scales);
       for (int i = 0; i < T; ++i) {
-        const float t = float(x.sum[i * groups + g]);
-        acc[i] = affine.add(acc[i], total(dot[i]), half * t, t, x.scale[i * groups + g]);
+        const __m512 t = _mm512_cvtepi32_ps(_mm512_set1_epi32(x.sum[i * groups + g]));
+        __m512i sum;
+        if constexpr (in_place) sum = total(dot[i]);
+        else sum = total_of_fields(dot[i]);
+        acc[i] = affine.add(acc[i], sum, _mm512_mul_ps(half, t), t, _mm512_set1_ps(x.scale[i * groups + g]));
       }
     }
     const __mmask16 rows = row_mask(w, tile);
@@ -161,7 +180,7 @@ void multiply_few(const Matrix& w, int bits, const Activations& x, int64_t tile0
 template <int BITS> void unpack(const Matrix& w, int bits, int64_t unit0, int64_t count, uint8_t* out) {
   const __m512i mask = _mm512_set1_epi8(char(0xFF00 >> bits));
   for (int64_t unit = unit0; unit < unit0 + count; ++unit, out += 512)
-    unit_codes<BITS>(w, mask, unit, [&](__m512i code, auto f) __attribute__((always_inline)) {
+    unit_codes<BITS, true>(w, mask, unit, [&](__m512i code, auto f) __attribute__((always_inline)) {
       _mm512_store_si512(out + 64 * decltype(f)::value, code);
     });
 }
@@ -169,7 +188,7 @@ template <int BITS> void unpack(const Matrix& w, int bits, int64_t unit0, int64_
 // Some columns of some tokens, copied to fixed distances: then one pointer addresses all tokens of a product.
 struct Panel {
   alignas(64) int8_t q[kPanelTokens][kPanelCols + 64]; // 64: rows shall not fall into the same cache sets
-  float t[kPanelTokens][kPanelGroups], half_t[kPanelTokens][kPanelGroups], scale[kPanelTokens][kPanelGroups];
+  float t[kPanelGroups][kPanelTokens], half_t[kPanelGroups][kPanelTokens], scale[kPanelGroups][kPanelTokens];
   int64_t group0, count;
   int group;
 
@@ -180,9 +199,9 @@ struct Panel {
         _mm256_store_si256(reinterpret_cast<__m256i*>(q[i] + c), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + c)));
       for (int64_t g = 0; g < count; ++g) {
         const int64_t at = i * groups + group0 + g;
-        t[i][g] = float(x.sum[at]);
-        half_t[i][g] = half * t[i][g];
-        scale[i][g] = x.scale[at];
+        t[g][i] = float(x.sum[at]);
+        half_t[g][i] = half * t[g][i];
+        scale[g][i] = x.scale[at];
       }
     }
   }
@@ -207,7 +226,9 @@ void multiply_panel(const Panel& p, int64_t i0, const uint8_t* codes, const uint
         for (int i = 0; i < T; ++i) add_products(dot[i][F % kChains], code, q + i * int(sizeof p.q[0]) + 4 * F);
       });
     const Affine scales(affine + g * 2 * kTileRows);
-    for (int i = 0; i < T; ++i) acc[i] = scales.add(acc[i], total(dot[i]), p.half_t[i0 + i][g], p.t[i0 + i][g], p.scale[i0 + i][g]);
+    const float *half_t = p.half_t[g] + i0, *t = p.t[g] + i0, *scale = p.scale[g] + i0;
+    for (int i = 0; i < T; ++i)
+      acc[i] = scales.add(acc[i], total(dot[i]), _mm512_set1_ps(half_t[i]), _mm512_set1_ps(t[i]), _mm512_set1_ps(scale[i]));
   }
   for (int i = 0; i < T; ++i) _mm512_mask_storeu_ps(y + i * ldy, rows, acc[i]);
 }
@@ -288,17 +309,26 @@ void quantize(const float* x, int64_t cols, int group, int8_t* q, float* scale, 
   }
 }
 
-// sum of a(i, mask) * b(i, mask) over n floats, four sums in flight.
+// Lanes half to half, as in the scalar table.
+inline float add_lanes(__m512 v) {
+  const __m256 low = _mm512_castps512_ps256(v), high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+  const __m256 eight = _mm256_add_ps(low, high);
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+
+// sum of a(i, mask) * b(i, mask) over n floats in 32 lanes, multiply and add apart.
 template <class A, class B> inline float dot(int64_t n, A&& a, B&& b) {
-  __m512 acc[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-  int64_t i = 0;
-  for (; i + 64 <= n; i += 64)
-    unrolled<4>([&](auto l) {
+  __m512 acc[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  for (int64_t i = 0; i < n; i += 32)
+    unrolled<2>([&](auto l) {
       constexpr int L = decltype(l)::value;
-      acc[L] = _mm512_fmadd_ps(a(i + 16 * L, __mmask16(0xFFFF)), b(i + 16 * L, __mmask16(0xFFFF)), acc[L]);
+      const int64_t at = i + 16 * L;
+      const __mmask16 k = at < n ? first(n - at) : __mmask16(0);
+      acc[L] = _mm512_add_ps(acc[L], _mm512_mul_ps(a(at, k), b(at, k)));
     });
-  for (; i < n; i += 16) acc[0] = _mm512_fmadd_ps(a(i, first(n - i)), b(i, first(n - i)), acc[0]);
-  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(acc[0], acc[1]), _mm512_add_ps(acc[2], acc[3])));
+  return add_lanes(_mm512_add_ps(acc[0], acc[1]));
 }
 
 float dot_f32(const float* a, const float* b, int64_t n) {
@@ -317,24 +347,22 @@ void axpy_f16(float alpha, const uint16_t* x, float* y, int64_t n) {
   const __m512 a = _mm512_set1_ps(alpha);
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 k = first(n - i);
-    _mm512_mask_storeu_ps(y + i, k, _mm512_fmadd_ps(a, halves(x + i, k), _mm512_maskz_loadu_ps(k, y + i)));
+    _mm512_mask_storeu_ps(y + i, k, _mm512_add_ps(_mm512_maskz_loadu_ps(k, y + i), _mm512_mul_ps(a, halves(x + i, k))));
   }
 }
 
-// 2^n * p(r), x = n ln2 + r, |r| <= ln2/2; Taylor to r^6: relative error below 3e-7. scalef under- and overflows properly.
+inline __m512 power_of_two(__m512i n) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23)); }
+
+// As in the scalar table, operation by operation.
 inline __m512 exponential(__m512 x) {
   x = _mm512_max_ps(_mm512_set1_ps(-150.0f), _mm512_min_ps(_mm512_set1_ps(150.0f), x)); // this order lets NaN through
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 r = _mm512_sub_ps(x, _mm512_mul_ps(n, _mm512_set1_ps(0.693359375f)));
+  r = _mm512_sub_ps(r, _mm512_mul_ps(n, _mm512_set1_ps(-2.12194440e-4f)));
   __m512 p = _mm512_set1_ps(1.0f / 720);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(p, n);
+  for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = _mm512_add_ps(_mm512_mul_ps(p, r), _mm512_set1_ps(c));
+  const __m512i whole = _mm512_cvtps_epi32(n), part = _mm512_srai_epi32(whole, 1);
+  return _mm512_mul_ps(_mm512_mul_ps(p, power_of_two(part)), power_of_two(_mm512_sub_epi32(whole, part)));
 }
 
 float exp_sum(float* x, float offset, int64_t n) {
@@ -345,7 +373,7 @@ float exp_sum(float* x, float offset, int64_t n) {
     _mm512_mask_storeu_ps(x + i, k, e);
     sum = _mm512_mask_add_ps(sum, k, sum, e);
   }
-  return _mm512_reduce_add_ps(sum);
+  return add_lanes(sum);
 }
 
 void silu_mul(float* gate, const float* up, int64_t n) {

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 
 namespace d2moe {
 namespace {
@@ -115,24 +116,26 @@ void matmul(const Matrix& w, int bits, const Activations& x, int64_t tile0, int6
   }
 }
 
+// Sums run in `lanes` interleaved lanes, missing elements count as zero, and lanes are added half to half: the order that
+// 256- and 512-bit registers can follow exactly.
+float add_lanes(float* lane, int lanes) {
+  for (int half = lanes / 2; half; half /= 2)
+    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
+  return lane[0];
+}
+
 float dot_f32(const float* a, const float* b, int64_t n) {
-  float lane[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8)
-    for (int l = 0; l < 8; ++l) lane[l] += a[i + l] * b[i + l];
-  float sum = ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7]));
-  for (; i < n; ++i) sum += a[i] * b[i];
-  return sum;
+  float lane[32] = {};
+  for (int64_t i = 0; i < n; i += 32)
+    for (int l = 0; l < 32; ++l) lane[l] += i + l < n ? a[i + l] * b[i + l] : 0.0f;
+  return add_lanes(lane, 32);
 }
 
 float dot_f16(const uint16_t* a, const float* b, int64_t n) {
-  float lane[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8)
-    for (int l = 0; l < 8; ++l) lane[l] += half_to_float(a[i + l]) * b[i + l];
-  float sum = ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7]));
-  for (; i < n; ++i) sum += half_to_float(a[i]) * b[i];
-  return sum;
+  float lane[32] = {};
+  for (int64_t i = 0; i < n; i += 32)
+    for (int l = 0; l < 32; ++l) lane[l] += i + l < n ? half_to_float(a[i + l]) * b[i + l] : 0.0f;
+  return add_lanes(lane, 32);
 }
 
 void axpy_f16(float alpha, const uint16_t* x, float* y, int64_t n) {
@@ -141,14 +144,36 @@ void axpy_f16(float alpha, const uint16_t* x, float* y, int64_t n) {
 
 float sum_squares(const float* x, int64_t n) { return dot_f32(x, x, n); }
 
+float power_of_two(int n) {
+  const uint32_t bits = uint32_t(n + 127) << 23;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+// 2^n * p(r), x = n ln2 + r, |r| <= ln2/2; Taylor to r^6: relative error below 5e-7. 2^n in two factors, so that it under-
+// and overflows properly. Own code, not std::exp, so that every table and every C library gives the same bits.
+float exponential(float x) {
+  x = 150.0f < x ? 150.0f : x;
+  x = -150.0f > x ? -150.0f : x;
+  if (std::isnan(x)) return x;
+  const float n = std::nearbyintf(x * 1.44269504f);
+  float r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  float p = 1.0f / 720;
+  for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
+  const int whole = int(n), part = whole >> 1;
+  return p * power_of_two(part) * power_of_two(whole - part);
+}
+
 float exp_sum(float* x, float offset, int64_t n) {
-  float sum = 0.0f;
-  for (int64_t i = 0; i < n; ++i) sum += x[i] = std::exp(x[i] - offset);
-  return sum;
+  float lane[16] = {};
+  for (int64_t i = 0; i < n; ++i) lane[i % 16] += x[i] = exponential(x[i] - offset);
+  return add_lanes(lane, 16);
 }
 
 void silu_mul(float* gate, const float* up, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+  for (int64_t i = 0; i < n; ++i) gate[i] = gate[i] / (1.0f + exponential(0.0f - gate[i])) * up[i];
 }
 
 void to_f16(const float* x, uint16_t* y, int64_t n) {

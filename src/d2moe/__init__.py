@@ -33,6 +33,7 @@ def load(path: str | Path | None = None, **options: Any) -> Model:
     Options are those of `d2moe.runtime.config.EngineConfig`, with `memory` and `expert_memory` as text like "6GB".
     Raises ConfigError, ContainerError, MemoryBudgetError.
     """
+    from d2moe.container import Container
     from d2moe.runtime.config import EngineConfig
     from d2moe.runtime.engine import Engine
     from d2moe.runtime.generate import Model
@@ -40,5 +41,6 @@ def load(path: str | Path | None = None, **options: Any) -> Model:
 
     where = builtin_model() if path is None or str(path) == "builtin" else Path(path)
     config = EngineConfig.from_options(**options)
+    container = Container.open(where)
     tokenizer = Tokenizer.load(where)  # before the engine measures what the process holds
-    return Model(Engine.load(where, config), tokenizer)
+    return Model(Engine(container, config), tokenizer)

@@ -16,7 +16,6 @@ from safetensors import safe_open
 
 from d2moe import planes
 from d2moe.container import PROJECTIONS, SEGMENTS, Container, ContainerWriter, NestedMatrix, RecordLayout, pack_record
-from d2moe.container.inspect import describe
 from d2moe.container.layout import expert_file, expert_tensor
 from d2moe.container.manifest import dump_manifest, parse_manifest, seal_of
 from d2moe.container.safetensors_header import build_header
@@ -324,6 +323,9 @@ def edited(path: Path, edit: Edit) -> None:
         (lambda m: m.update(experts=2), r"router' is F32 \[3, 64\], expected F32 \[2, 64\]"),
         (lambda m: m.update(hidden=64.0), "hidden is 64.0"),
         (lambda m: m.update(layers=[2, 0]), "expected ascending"),
+        (lambda m: m.update(layers=[]), "expected ascending numbers, at least one"),
+        (lambda m: m["segments"][0].update(bytes=5000), "segment base has 5,000 bytes, expected a multiple of 4,096"),
+        (lambda m: m["source"].update(name="\ud800"), "surrogates not allowed|not UTF-8"),
         (lambda m: m.update(layers=[0, 1]), "layer-002.safetensors is not known to this d2moe and not optional"),
         (lambda m: m.update(hidden=96), "bytes of segment base is 4096, expected a whole number from 8,192"),
         (lambda m: m["segments"].pop(), "segments are"),
@@ -347,6 +349,60 @@ def test_a_wrong_manifest_is_refused(copy: Path, edit: Edit, message: str) -> No
     with pytest.raises(ContainerError, match=message) as e:
         Container.open(copy)
     assert str(copy) in str(e.value)
+
+
+def reheaded(path: Path, edit: Edit, extra: bytes = b"", align: int = 4096) -> None:
+    """Change the header of layer 2's file, and the file's size in the manifest."""
+    file = path / expert_file(2)
+    data = file.read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    table = json.loads(data[8 : 8 + n])
+    edit(table)
+    text = json.dumps(table).encode()
+    text = text.ljust(-(-(8 + len(text)) // align) * align - 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n :] + extra)
+    edited(path, lambda m: m["files"][expert_file(2)].update(bytes=file.stat().st_size))
+
+
+def test_expert_files_hold_the_records_and_nothing_else(copy: Path) -> None:
+    reheaded(copy, lambda h: None)
+    Container.open(copy)
+    reheaded(copy, lambda h: None, align=64)
+    with pytest.raises(
+        ContainerError, match=r"layer-002.safetensors: records begin at byte [\d,]+, expected a multiple"
+    ):
+        Container.open(copy)
+    size = EXPERTS * RECORD.record_bytes
+    reheaded(copy, lambda h: h.update(more={"dtype": "U8", "shape": [4], "data_offsets": [size, size + 4]}), b"more")
+    with pytest.raises(ContainerError, match="has 22 tensors, expected 21 for 3 experts"):
+        Container.open(copy)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda h: h.update({expert_tensor(2, 1, "plane9"): h.pop(expert_tensor(2, 1, "plane5"))}),
+            "plane5 is missing",
+        ),
+        (lambda h: h[expert_tensor(2, 1, "plane5")].update(dtype="I8"), r"plane5 is I8 \[4096\] at byte"),
+        (lambda h: h[expert_tensor(2, 1, "plane5")].update(shape=[64, 64]), r"plane5 is U8 \[64, 64\]"),
+    ],
+)
+def test_a_segment_that_is_not_where_it_belongs(copy: Path, edit: Edit, message: str) -> None:
+    reheaded(copy, edit)
+    with pytest.raises(ContainerError, match=f"layer 2 expert 1 {message}"):
+        Container.open(copy)
+
+
+def test_segments_of_two_experts_may_not_change_places(copy: Path) -> None:
+    def swap(h: dict[str, Any]) -> None:
+        a, b = expert_tensor(2, 0, "plane5"), expert_tensor(2, 1, "plane5")
+        h[a], h[b] = h[b], h[a]
+
+    reheaded(copy, swap)
+    with pytest.raises(ContainerError, match=r"layer 2 expert 0 plane5 is U8 \[4096\] at byte [\d,]+, expected"):
+        Container.open(copy)
 
 
 @pytest.mark.parametrize(
@@ -437,19 +493,3 @@ def test_dense_tensors_must_fit_each_other(tmp_path: Path) -> None:
             writer.finish()
         with pytest.raises(ContainerError, match=message):
             Container.open(tmp_path / f"{i}.d2moe")
-
-
-def test_the_description_adds_up(sample: Path) -> None:
-    container = Container.open(sample)
-    d = describe(container)
-    json.dumps(dataclasses.asdict(d))
-    assert d.total_bytes + (sample / "d2moe.json").stat().st_size == sum(len(b) for b in contents(sample).values())
-    assert d.model_type == "olmoe" and d.experts_per_token == 2 and d.expert_weights == 6 * 3 * 64 * 48
-    assert [w.bits for w in d.widths] == list(WIDTHS)
-    for w in d.widths:
-        assert w.expert_bytes == RECORD.prefix_bytes(w.bits) and w.all_experts_bytes == 6 * w.expert_bytes
-        assert w.token_bytes == 2 * 2 * w.expert_bytes
-        assert w.bits_per_weight == pytest.approx(8 * w.expert_bytes / (3 * 64 * 48))
-    assert d.expert_bytes == d.widths[-1].all_experts_bytes
-    assert d.dense_bytes == sum(t.n_bytes for t in d.dense) == sum(dense_tensor(n).nbytes for n in SHAPES)
-    assert d.least_bytes == d.dense_bytes + 2 * RECORD.base_bytes

@@ -77,7 +77,7 @@ def test_one_expert_is_read_without_the_others(tmp_path: Path) -> None:
         except OSError:
             pytest.skip("no sparse files here")
         f.seek(len(header) + 63 * 8192 * 8192 * 2)
-        f.write(np.float16([1.5]).tobytes())
+        f.write(np.array([1.5], np.float16).tobytes())
     with SafetensorsFile(path) as file:
         rows = file.read_rows("experts", 63, 64)
         assert rows.shape == (1, 8192, 8192) and rows[0, 0, 0] == 1.5

@@ -1,17 +1,21 @@
-"""verify names the damaged piece, whichever byte of whichever file is wrong."""
+"""verify names the damaged piece, whichever byte of whichever file is wrong; inspect's numbers add up."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 import pytest
-from test_container import EXPERTS, LAYERS, SHAPES, make
+from test_container import EXPERTS, LAYERS, RECORD, SHAPES, contents, dense_tensor, make
 
 from d2moe.container import SEGMENTS, Container
+from d2moe.container.inspect import describe
 from d2moe.container.layout import expert_file
 from d2moe.container.verify import verify
 from d2moe.errors import ContainerError
+from d2moe.types import WIDTHS
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +113,19 @@ def test_strangers_are_listed_and_not_complained_of(copy: Path) -> None:
     (copy / "README.md").write_text("mine")
     report = verify(copy)
     assert report.problems == () and report.unlisted == ("README.md",)
+
+
+def test_the_description_adds_up(sample: Path) -> None:
+    container = Container.open(sample)
+    d = describe(container)
+    json.dumps(dataclasses.asdict(d))
+    assert d.total_bytes + (sample / "d2moe.json").stat().st_size == sum(len(b) for b in contents(sample).values())
+    assert d.model_type == "olmoe" and d.experts_per_token == 2 and d.expert_weights == 6 * 3 * 64 * 48
+    assert [w.bits for w in d.widths] == list(WIDTHS)
+    for w in d.widths:
+        assert w.expert_bytes == RECORD.prefix_bytes(w.bits) and w.all_experts_bytes == 6 * w.expert_bytes
+        assert w.token_bytes == 2 * 2 * w.expert_bytes
+        assert w.bits_per_weight == pytest.approx(8 * w.expert_bytes / (3 * 64 * 48))
+    assert d.expert_bytes == d.widths[-1].all_experts_bytes
+    assert d.dense_bytes == sum(t.n_bytes for t in d.dense) == sum(dense_tensor(n).nbytes for n in SHAPES)
+    assert d.least_bytes == d.dense_bytes + 2 * RECORD.base_bytes

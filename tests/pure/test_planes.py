@@ -32,7 +32,7 @@ def test_every_code_is_a_prefix_of_every_wider_one(bits: int) -> None:
     assert np.array_equal(first, ALL_CODES >> (8 - bits) << (8 - bits))
     for wider in range(bits, 9):
         assert np.array_equal(planes.prefix(planes.prefix(ALL_CODES, wider), bits), first)
-    range_, low = np.float16([3.0]), np.float16([-1.25])
+    range_, low = np.array([3.0], np.float16), np.array([-1.25], np.float16)
     value = planes.decode(ALL_CODES[None], range_, low, bits)[0]
     assert len(np.unique(value)) == 2**bits
     # The value is the middle of the cell that the prefix names.
@@ -46,7 +46,7 @@ def test_every_code_is_a_prefix_of_every_wider_one(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_error_is_at_most_half_a_cell_and_reaches_it(bits: int) -> None:
-    range_, low = np.float16([2.0]), np.float16([-1.0])
+    range_, low = np.array([2.0], np.float16), np.array([-1.0], np.float16)
     w = np.linspace(-1, 1, 100_001, dtype=np.float32)[None, :-1]
     error = w - planes.decode(planes.encode(w, range_, low), range_, low, bits)
     half = 1.0 / 2**bits

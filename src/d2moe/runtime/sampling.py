@@ -152,7 +152,7 @@ class Sampler:
 def candidates(logits: F32, params: SamplingParams) -> tuple[I64 | None, F64]:
     """Token ids that survive steps 2 to 5 and their relative weights (likeliest near 1); ids None means all, in order.
 
-    A vocabulary of 150k is never sorted: only tokens that could still be inside the top_p set are.
+    Only tokens that could still be inside the top_p set are sorted: few, unless the distribution is nearly flat.
     """
     top = float(np.max(logits))
     _check_finite(top)
