@@ -23,6 +23,7 @@ template <int N> struct Index { static constexpr int value = N; };
 template <class F, int... I> inline __attribute__((always_inline)) void each(F&& f, std::integer_sequence<int, I...>) {
   (f(Index<I>{}), ...);
 }
+// Loops whose index is a constant; GCC keeps arrays in registers only where no loop is left.
 template <int N, class F> inline __attribute__((always_inline)) void unrolled(F&& f) {
   each(f, std::make_integer_sequence<int, N>{});
 }
@@ -34,11 +35,10 @@ inline __m512i load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline __attribute__((always_inline)) void add_products(__m512i& sum, __m512i codes, const int8_t* q) {
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*reinterpret_cast<const int8_t(*)[4]>(q)));
 }
-template <int T, int C> inline void clear(__m512i (&dot)[T][C]) {
-  for (int i = 0; i < T; ++i)
-    for (int c = 0; c < C; ++c) dot[i][c] = _mm512_setzero_si512();
+template <int T, int C> inline __attribute__((always_inline)) void clear(__m512i (&dot)[T][C]) {
+  unrolled<T * C>([&](auto k) { dot[k.value / C][k.value % C] = _mm512_setzero_si512(); });
 }
-template <int C> inline __m512i total(const __m512i (&dot)[C]) {
+template <int C> inline __attribute__((always_inline)) __m512i total(const __m512i (&dot)[C]) {
   if constexpr (C == 1) return dot[0];
   else if constexpr (C == 2) return _mm512_add_epi32(dot[0], dot[1]);
   else return _mm512_add_epi32(_mm512_add_epi32(dot[0], dot[1]), _mm512_add_epi32(dot[2], dot[3]));
@@ -55,42 +55,50 @@ template <int N> inline __m512i shift(__m512i v) {
   else return v;
 }
 
-template <int P, int F> inline __m512i add_bit(__m512i code, __m512i plane) { // code | (bit F of plane, put in place)
-  return _mm512_ternarylogic_epi32(code, shift<5 - P - F>(plane), _mm512_set1_epi8(0x20 >> P), 0xF8);
+// code | (bit F of every plane from P on, put in its place)
+template <int BITS, int F, int P> inline __attribute__((always_inline)) __m512i add_bits(__m512i code, const __m512i (&plane)[kPlanes]) {
+  if constexpr (P == BITS - kBaseBits) return code;
+  else return add_bits<BITS, F, P + 1>(
+      _mm512_ternarylogic_epi32(code, shift<5 - P - F>(plane[P]), _mm512_set1_epi8(0x20 >> P), 0xF8), plane);
 }
 
-// Calls use(code register, index) for the 8 registers of 32 columns.
-template <int BITS, class F> inline __attribute__((always_inline)) void nested_unit(const Matrix& w, int64_t unit, F&& use) {
-  const uint8_t* base = w.base + unit * 128;
-  const __m512i word[2] = {load(base), load(base + 64)};
-  __m512i plane[kPlanes];
-  unrolled<BITS - kBaseBits>([&](auto p) { plane[p.value] = load(w.planes[p.value] + unit * 64); });
-  unrolled<8>([&](auto f) {
-    constexpr int F8 = decltype(f)::value;
-    __m512i code = _mm512_and_si512(shift<6 - 2 * (F8 % 4)>(word[F8 / 4]), _mm512_set1_epi8(char(0xC0)));
-    unrolled<BITS - kBaseBits>([&](auto p) { code = add_bit<decltype(p)::value, F8>(code, plane[decltype(p)::value]); });
-    use(code, f);
-  });
+// The 8 registers of 32 columns. BITS 0 stands for a flat matrix at any width: there the width is only a mask.
+struct Unit { __m512i code[8]; };
+
+template <int BITS> inline __attribute__((always_inline)) Unit unit_codes(const Matrix& w, __m512i mask, int64_t unit) {
+  Unit u;
+  if constexpr (BITS == 0) {
+    const uint8_t* flat = w.flat + unit * 512;
+    unrolled<8>([&](auto f) { u.code[f.value] = _mm512_and_si512(load(flat + 64 * f.value), mask); });
+  } else {
+    const uint8_t* base = w.base + unit * 128;
+    const __m512i word[2] = {load(base), load(base + 64)};
+    __m512i plane[kPlanes];
+    unrolled<BITS - kBaseBits>([&](auto p) { plane[p.value] = load(w.planes[p.value] + unit * 64); });
+    unrolled<8>([&](auto f) {
+      constexpr int F = decltype(f)::value;
+      const __m512i top = _mm512_and_si512(shift<6 - 2 * (F % 4)>(word[F / 4]), _mm512_set1_epi8(char(0xC0)));
+      u.code[F] = add_bits<BITS, F, 0>(top, plane);
+    });
+  }
+  return u;
 }
 
-// Two bits only: the fields are left where they are, bits 2i+1..2i for register i of a word; total_of_fields shifts the
-// sums instead of the codes.
-template <class F> inline __attribute__((always_inline)) void base_fields(const Matrix& w, int64_t unit, F&& use) {
+// Two bits and one token, where unpacking takes longest: the fields stay where they are, bits 2i+1..2i for register i of
+// a word, and the sums are shifted instead of the codes.
+inline __attribute__((always_inline)) Unit unit_fields(const Matrix& w, int64_t unit) {
   const uint8_t* base = w.base + unit * 128;
+  Unit u;
   unrolled<8>([&](auto f) {
-    constexpr int F8 = decltype(f)::value;
-    use(_mm512_and_si512(load(base + F8 / 4 * 64), _mm512_set1_epi8(char(3 << 2 * (F8 % 4)))), f);
+    constexpr int F = decltype(f)::value;
+    u.code[F] = _mm512_and_si512(load(base + F / 4 * 64), _mm512_set1_epi8(char(3 << 2 * (F % 4))));
   });
+  return u;
 }
 
 inline __m512i total_of_fields(const __m512i (&dot)[4]) {
   return _mm512_add_epi32(_mm512_add_epi32(_mm512_slli_epi32(dot[0], 6), _mm512_slli_epi32(dot[1], 4)),
                           _mm512_add_epi32(_mm512_slli_epi32(dot[2], 2), dot[3]));
-}
-
-template <class F> inline __attribute__((always_inline)) void flat_unit(const Matrix& w, __m512i mask, int64_t unit, F&& use) {
-  const uint8_t* flat = w.flat + unit * 512;
-  unrolled<8>([&](auto f) { use(_mm512_and_si512(load(flat + 64 * decltype(f)::value), mask), f); });
 }
 
 // The streams of a nested matrix run in step; each is prefetched so far ahead that together they cover the latency.
@@ -102,13 +110,6 @@ template <int BITS> inline void prefetch_unit(const Matrix& w, int64_t unit, int
     prefetch(w.base + (unit + ahead) * 128 + 64);
     for (int p = 0; p < BITS - kBaseBits; ++p) prefetch(w.planes[p] + (unit + ahead) * 64);
   }
-}
-
-// BITS 0 stands for a flat matrix at any width: there the width is only a mask.
-template <int BITS, bool IN_PLACE, class F> inline __attribute__((always_inline)) void unit_codes(const Matrix& w, __m512i mask, int64_t unit, F&& use) {
-  if constexpr (BITS == 0) flat_unit(w, mask, unit, use);
-  else if constexpr (IN_PLACE) nested_unit<BITS>(w, unit, use);
-  else base_fields(w, unit, use);
 }
 
 // ---- the float part: exactly as at KernelTable::matmul -----------------------------------------------------------
@@ -134,8 +135,8 @@ inline __mmask16 row_mask(const Matrix& w, int64_t tile) {
 
 template <int BITS, int T>
 void multiply_few(const Matrix& w, int bits, const Activations& x, int64_t tile0, int64_t tile1, float* y, int64_t ldy) {
-  constexpr bool in_place = BITS != 2;
-  constexpr int kChains = T == 1 || !in_place ? 4 : 2; // sums in flight per token, against the latency of vpdpbusd
+  constexpr bool fields = BITS == 2 && T == 1;
+  constexpr int kChains = T == 1 ? 4 : 2; // sums in flight per token, against the latency of vpdpbusd
   const int group = w.shape.group, units = group / 32;
   const int64_t groups = w.shape.groups(), stride = groups * group;
   const int64_t ahead = BITS ? kAheadBytes / 128 : kAheadBytes / 512;
@@ -143,35 +144,37 @@ void multiply_few(const Matrix& w, int bits, const Activations& x, int64_t tile0
   const __m512i mask = _mm512_set1_epi8(char(0xFF00 >> bits));
   for (int64_t tile = tile0; tile < tile1; ++tile) {
     __m512 acc[T];
-    for (int i = 0; i < T; ++i) acc[i] = _mm512_setzero_ps();
+    unrolled<T>([&](auto i) { acc[i.value] = _mm512_setzero_ps(); });
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t block = tile * groups + g;
-      const int8_t* q[T];
-      for (int i = 0; i < T; ++i) q[i] = x.q + i * stride + g * group;
+      const int8_t* q = x.q + g * group;
       __m512i dot[T][kChains];
       clear(dot);
-      for (int u = 0; u < units; ++u) {
+      for (int u = 0; u < units; ++u, q += 32) {
         prefetch_unit<BITS>(w, block * units + u, ahead);
-        unit_codes<BITS, in_place>(w, mask, block * units + u, [&](__m512i code, auto f) __attribute__((always_inline)) {
-          constexpr int F8 = decltype(f)::value;
-          for (int i = 0; i < T; ++i)
-            add_products(dot[i][F8 % kChains], code, q[i] + 4 * F8);
+        Unit unit;
+        if constexpr (fields) unit = unit_fields(w, block * units + u);
+        else unit = unit_codes<BITS>(w, mask, block * units + u);
+        unrolled<8 * T>([&](auto k) __attribute__((always_inline)) {
+          constexpr int F = decltype(k)::value / T, I = decltype(k)::value % T;
+          add_products(dot[I][F % kChains], unit.code[F], q + I * stride + 4 * F);
         });
-        for (int i = 0; i < T; ++i) q[i] += 32;
       }
       const uint16_t* scales = w.affine + block * 2 * kTileRows;
       prefetch(reinterpret_cast<const uint8_t*>(scales) + kAheadBytes);
       const Affine affine(scales);
-      for (int i = 0; i < T; ++i) {
-        const __m512 t = _mm512_cvtepi32_ps(_mm512_set1_epi32(x.sum[i * groups + g]));
+      unrolled<T>([&](auto index) __attribute__((always_inline)) {
+        constexpr int I = decltype(index)::value;
+        const int64_t at = I * groups + g;
+        const __m512 t = _mm512_cvtepi32_ps(_mm512_set1_epi32(x.sum[at]));
         __m512i sum;
-        if constexpr (in_place) sum = total(dot[i]);
-        else sum = total_of_fields(dot[i]);
-        acc[i] = affine.add(acc[i], sum, _mm512_mul_ps(half, t), t, _mm512_set1_ps(x.scale[i * groups + g]));
-      }
+        if constexpr (fields) sum = total_of_fields(dot[I]);
+        else sum = total(dot[I]);
+        acc[I] = affine.add(acc[I], sum, _mm512_mul_ps(half, t), t, _mm512_set1_ps(x.scale[at]));
+      });
     }
     const __mmask16 rows = row_mask(w, tile);
-    for (int i = 0; i < T; ++i) _mm512_mask_storeu_ps(y + i * ldy + tile * kTileRows, rows, acc[i]);
+    unrolled<T>([&](auto i) { _mm512_mask_storeu_ps(y + i.value * ldy + tile * kTileRows, rows, acc[i.value]); });
   }
 }
 
@@ -179,10 +182,10 @@ void multiply_few(const Matrix& w, int bits, const Activations& x, int64_t tile0
 
 template <int BITS> void unpack(const Matrix& w, int bits, int64_t unit0, int64_t count, uint8_t* out) {
   const __m512i mask = _mm512_set1_epi8(char(0xFF00 >> bits));
-  for (int64_t unit = unit0; unit < unit0 + count; ++unit, out += 512)
-    unit_codes<BITS, true>(w, mask, unit, [&](__m512i code, auto f) __attribute__((always_inline)) {
-      _mm512_store_si512(out + 64 * decltype(f)::value, code);
-    });
+  for (int64_t unit = unit0; unit < unit0 + count; ++unit, out += 512) {
+    const Unit u = unit_codes<BITS>(w, mask, unit);
+    unrolled<8>([&](auto f) { _mm512_store_si512(out + 64 * f.value, u.code[f.value]); });
+  }
 }
 
 // Some columns of some tokens, copied to fixed distances: then one pointer addresses all tokens of a product.
@@ -214,23 +217,24 @@ template <int T>
 void multiply_panel(const Panel& p, int64_t i0, const uint8_t* codes, const uint16_t* affine, __mmask16 rows, float* y, int64_t ldy) {
   constexpr int kChains = chains(T);
   __m512 acc[T];
-  for (int i = 0; i < T; ++i) acc[i] = p.group0 ? _mm512_maskz_loadu_ps(rows, y + i * ldy) : _mm512_setzero_ps();
+  unrolled<T>([&](auto i) { acc[i.value] = p.group0 ? _mm512_maskz_loadu_ps(rows, y + i.value * ldy) : _mm512_setzero_ps(); });
   const int8_t* q = p.q[i0];
   for (int64_t g = 0; g < p.count; ++g) {
     __m512i dot[T][kChains];
     clear(dot);
     for (int j = 0; j < p.group; j += 32, q += 32, codes += 512)
-      unrolled<8>([&](auto f) __attribute__((always_inline)) {
-        constexpr int F = decltype(f)::value;
-        const __m512i code = _mm512_load_si512(codes + 64 * F);
-        for (int i = 0; i < T; ++i) add_products(dot[i][F % kChains], code, q + i * int(sizeof p.q[0]) + 4 * F);
+      unrolled<8 * T>([&](auto k) __attribute__((always_inline)) {
+        constexpr int F = decltype(k)::value / T, I = decltype(k)::value % T;
+        add_products(dot[I][F % kChains], _mm512_load_si512(codes + 64 * F), q + I * int(sizeof p.q[0]) + 4 * F);
       });
     const Affine scales(affine + g * 2 * kTileRows);
     const float *half_t = p.half_t[g] + i0, *t = p.t[g] + i0, *scale = p.scale[g] + i0;
-    for (int i = 0; i < T; ++i)
-      acc[i] = scales.add(acc[i], total(dot[i]), _mm512_set1_ps(half_t[i]), _mm512_set1_ps(t[i]), _mm512_set1_ps(scale[i]));
+    unrolled<T>([&](auto index) __attribute__((always_inline)) {
+      constexpr int I = decltype(index)::value;
+      acc[I] = scales.add(acc[I], total(dot[I]), _mm512_set1_ps(half_t[I]), _mm512_set1_ps(t[I]), _mm512_set1_ps(scale[I]));
+    });
   }
-  for (int i = 0; i < T; ++i) _mm512_mask_storeu_ps(y + i * ldy, rows, acc[i]);
+  unrolled<T>([&](auto i) { _mm512_mask_storeu_ps(y + i.value * ldy, rows, acc[i.value]); });
 }
 
 // x.m is at most kPanelTokens.
