@@ -1,23 +1,19 @@
-// Plain loops over one group at a time, written so that any compiler makes vector code of them.
+// One group at a time, in the small vectors that every CPU has.
 #include "encode.h"
 #include "kernels.h"
 
-#include <cmath>
 #include <cstring>
 #include <limits>
-
-// One function for every CPU; where the loader can choose, wider registers make the search twice as fast.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define D2MOE_CLONES __attribute__((target_clones("default", "avx2", "arch=skylake-avx512")))
-#else
-#define D2MOE_CLONES
-#endif
 
 namespace d2moe {
 namespace {
 
 constexpr int kMaxGroup = 256;
-constexpr int kLanes = 16; // partial sums, so that adding needs no order of its own
+constexpr int kWidths = int(sizeof(kSearchWidths) / sizeof(int));
+constexpr int kLanes = 4;
+// Vector types of GCC and Clang: what the compilers make of plain loops here is half as fast.
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
 // One group of one row, padded to whole lanes with importance 0.
 struct Group {
@@ -41,35 +37,33 @@ inline int32_t code_of(float w, float low, float inverse) {
 }
 
 // Weighted squared error of the group at all search widths.
-D2MOE_CLONES double loss_of(const Group& group, float range, float low) {
+double loss_of(const Group& group, float range, float low) {
   const float inverse = inverse_of(range), s = range * 0x1p-8f;
-  double loss = 0.0;
-  alignas(64) float sums[sizeof(kSearchWidths) / sizeof(int)][kLanes] = {};
+  Floats sums[kWidths] = {};
   for (int i = 0; i < group.padded_n; i += kLanes) {
-    int32_t code[kLanes];
-    for (int l = 0; l < kLanes; ++l) code[l] = code_of(group.w[i + l], low, inverse);
-    int k = 0;
-    for (const int bits : kSearchWidths) {
-      const int32_t mask = 0xFF00 >> bits;
-      const float half = float(1 << (8 - bits)) * 0.5f;
-      for (int l = 0; l < kLanes; ++l) {
-        const float error = group.w[i + l] - (low + s * (float(code[l] & mask) + half));
-        sums[k][l] += group.importance[i + l] * (error * error);
-      }
-      ++k;
+    Floats w, importance;
+    std::memcpy(&w, group.w + i, sizeof w);
+    std::memcpy(&importance, group.importance + i, sizeof w);
+    Floats cell = (w - low) * inverse;
+    cell = cell > 0.0f ? cell : Floats{};
+    cell = cell < 255.0f ? cell : Floats{} + 255.0f;
+    const Ints code = __builtin_convertvector(cell, Ints);
+    for (int k = 0; k < kWidths; ++k) {
+      const float half = float(1 << (8 - kSearchWidths[k])) * 0.5f;
+      const Floats error = w - (low + s * (__builtin_convertvector(code & (0xFF00 >> kSearchWidths[k]), Floats) + half));
+      sums[k] += importance * (error * error);
     }
   }
-  int k = 0;
-  for (const int bits : kSearchWidths) {
+  double loss = 0.0;
+  for (int k = 0; k < kWidths; ++k) {
     double sum = 0.0;
     for (int l = 0; l < kLanes; ++l) sum += double(sums[k][l]);
-    loss += double(int64_t(1) << 2 * bits) * sum;
-    ++k;
+    loss += double(int64_t(1) << 2 * kSearchWidths[k]) * sum;
   }
   return loss;
 }
 
-D2MOE_CLONES void codes_of(const Group& group, float range, float low, uint8_t* out) {
+void codes_of(const Group& group, float range, float low, uint8_t* out) {
   const float inverse = inverse_of(range);
   for (int i = 0; i < group.padded_n; ++i) out[i] = uint8_t(code_of(group.w[i], low, inverse));
 }
@@ -134,20 +128,24 @@ void encode_rows(const float* w, int64_t rows, int64_t cols, int group, int64_t 
     }
 }
 
-D2MOE_CLONES void pack_units(const uint8_t* tiles, int64_t unit0, int64_t unit1, uint8_t* base, uint8_t* const* planes) {
+void pack_units(const uint8_t* tiles, int64_t unit0, int64_t unit1, uint8_t* base, uint8_t* const* planes) {
+  constexpr int kWords = kRegisterBytes / 8; // bytes in words of 8, which every compiler shifts in vectors
+  constexpr uint64_t kOnes = 0x0101010101010101;
   for (int64_t unit = unit0; unit < unit1; ++unit) {
-    const uint8_t* in = tiles + unit * 512;
+    uint64_t in[8][kWords], out[kWords];
+    std::memcpy(in, tiles + unit * 512, sizeof in);
     for (int half = 0; half < 2; ++half) {
-      uint8_t* out = base + unit * 128 + 64 * half;
-      const uint8_t* v = in + 256 * half;
-      for (int i = 0; i < 64; ++i)
-        out[i] = uint8_t(v[i] >> 6 | (v[64 + i] >> 6) << 2 | (v[128 + i] >> 6) << 4 | (v[192 + i] & 0xC0));
+      const auto v = in + 4 * half;
+      for (int i = 0; i < kWords; ++i)
+        out[i] = (v[0][i] >> 6 & 3 * kOnes) | (v[1][i] >> 4 & 12 * kOnes) | (v[2][i] >> 2 & 48 * kOnes) | (v[3][i] & 192 * kOnes);
+      std::memcpy(base + unit * 128 + 64 * half, out, sizeof out);
     }
     for (int p = 0; p < kPlanes; ++p) {
-      uint8_t word[kRegisterBytes] = {};
-      for (int f = 0; f < 8; ++f)
-        for (int i = 0; i < kRegisterBytes; ++i) word[i] = uint8_t(word[i] | (in[64 * f + i] >> (5 - p) & 1) << f);
-      std::memcpy(planes[p] + unit * 64, word, 64);
+      for (int i = 0; i < kWords; ++i) {
+        out[i] = 0;
+        for (int f = 0; f < 8; ++f) out[i] |= (in[f][i] >> (5 - p) & kOnes) << f;
+      }
+      std::memcpy(planes[p] + unit * 64, out, sizeof out);
     }
   }
 }

@@ -101,6 +101,12 @@ inline __m512i total_of_fields(const __m512i (&dot)[4]) {
                           _mm512_add_epi32(_mm512_slli_epi32(dot[2], 2), dot[3]));
 }
 
+// Two lines into L2. A single stream gains a tenth from this second, longer reach; several at once lose a fifth.
+inline void prefetch_far(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+  _mm_prefetch(reinterpret_cast<const char*>(p + 64), _MM_HINT_T1);
+}
+
 // The streams of a nested matrix run in step; each is prefetched so far ahead that together they cover the latency.
 template <int BITS> inline void prefetch_unit(const Matrix& w, int64_t unit, int64_t ahead) {
   if constexpr (BITS == 0) {
@@ -152,6 +158,7 @@ void multiply_few(const Matrix& w, int bits, const Activations& x, int64_t tile0
       clear(dot);
       for (int u = 0; u < units; ++u, q += 32) {
         prefetch_unit<BITS>(w, block * units + u, ahead);
+        if constexpr (BITS == 2) prefetch_far(w.base + (block * units + u + 4 * ahead) * 128);
         Unit unit;
         if constexpr (fields) unit = unit_fields(w, block * units + u);
         else unit = unit_codes<BITS>(w, mask, block * units + u);

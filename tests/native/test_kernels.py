@@ -66,7 +66,9 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> None:
     assert a.dtype == b.dtype and a.shape == b.shape
     kind = {2: np.uint16, 4: np.uint32, 1: np.uint8}[a.dtype.itemsize]
     wrong = np.argwhere(a.view(kind) != b.view(kind))
-    assert not len(wrong), f"{len(wrong)} of {a.size} differ, first at {wrong[0]}: {a[tuple(wrong[0])]} {b[tuple(wrong[0])]}"
+    assert not len(wrong), (
+        f"{len(wrong)} of {a.size} differ, first at {wrong[0]}: {a[tuple(wrong[0])]} {b[tuple(wrong[0])]}"
+    )
 
 
 def test_some_table_is_there() -> None:
@@ -86,7 +88,9 @@ def test_quantize_is_exact(table: str, rng: np.random.Generator, group: int, col
     x[3] = rng.integers(-254, 255, cols) * np.float32(0.5)  # many exact halves
     x[3, 0] = 127
     x[4] = np.float32(2.0**-101)
-    for got, expected in zip(native.quantize_activations(table, x, group), planes.quantize_activations(x, group), strict=True):
+    for got, expected in zip(
+        native.quantize_activations(table, x, group), planes.quantize_activations(x, group), strict=True
+    ):
         same_bits(got, expected)
 
 
@@ -264,6 +268,25 @@ def test_exp_sum_of_any_length(table: str, rng: np.random.Generator, n: int) -> 
     got, total = native.vector_op(table, "exp_sum", x, alpha=1.5)
     np.testing.assert_allclose(got, np.exp((x - np.float32(1.5)).astype(np.float64)), rtol=2e-6)
     assert total == pytest.approx(float(got.sum(dtype=np.float64)), rel=1e-5)
+
+
+@pytest.mark.parametrize("n", [*LENGTHS, 33, 48, 127, 4099])
+def test_small_slots_are_the_scalar_ones_bit_for_bit(table: str, rng: np.random.Generator, n: int) -> None:
+    a, b = (rng.standard_normal((2, n)) * np.exp(rng.uniform(-8, 8, (2, n)))).astype(np.float32)
+    half = np.clip(a, -6e4, 6e4).astype(np.float16).view(np.uint16)
+    for op, first, second, alpha in [
+        ("dot_f32", a, b, 0.0),
+        ("dot_f16", half, b, 0.0),
+        ("sum_squares", a, None, 0.0),
+        ("axpy_f16", half, b, 0.37),
+        ("exp_sum", np.minimum(a, 80), None, 1.25),
+        ("silu_mul", a, b, 0.0),
+    ]:
+        array, number = native.vector_op(table, op, first, second, alpha)
+        wanted_array, wanted = native.vector_op("scalar", op, first, second, alpha)
+        same_bits(np.array([number], np.float32), np.array([wanted], np.float32))
+        if array is not None:
+            same_bits(array, wanted_array)
 
 
 @pytest.mark.parametrize("n", LENGTHS)
