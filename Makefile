@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test check quick bench model docs clean
+.PHONY: demo test check quick model clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/d2moe run builtin "Once upon a time, there was a little" --memory 128MB --expert-memory 4MB --bits 4 --max-tokens 120 --seed 7

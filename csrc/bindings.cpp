@@ -275,8 +275,7 @@ NB_MODULE(_native, m) {
            },
            "threads"_a, "table"_a.none(), "scratch_bytes"_a)
       .def_prop_ro("table", [](const Runtime& r) { return std::string(r.table->name); })
-      .def_prop_ro("threads", [](const Runtime& r) { return r.pool.size(); })
-      .def_prop_ro("scratch_peak", [](const Runtime& r) { return r.scratch.peak(); });
+      .def_prop_ro("threads", [](const Runtime& r) { return r.pool.size(); });
   nb::class_<PyLinear>(m, "Linear")
       .def(nb::init<int64_t, int64_t, int, In<uint8_t>, In<uint16_t>, std::optional<In<float>>>(), "rows"_a, "cols"_a,
            "group"_a, "codes"_a, "affine"_a, "bias"_a.none());
@@ -319,8 +318,8 @@ NB_MODULE(_native, m) {
       .def("begin", &PyExperts::begin)
       .def("compute", &PyExperts::compute, "experts"_a.none())
       .def("finish", &PyExperts::finish)
+      .def("abandon", [](PyExperts& e) { nb::gil_scoped_release free; e.executor.abandon(); })
       .def_prop_ro("direct", [](const PyExperts& e) { return e.executor.direct(); })
-      .def_prop_ro("committed_bytes", [](const PyExperts& e) { return e.executor.committed_bytes(); })
       // read_bytes, reads, stall_ns, compute_ns, calls
       .def_prop_ro("counters", [](const PyExperts& e) {
         const ExecutorCounters& c = e.executor.counters();

@@ -204,11 +204,15 @@ void Executor::compute(const int32_t* wanted, int64_t count) {
       }
     }
   } catch (...) {
-    settle_all_quietly();
-    rt_.scratch.release(mark_);
-    layer_ = -1;
+    abandon();
     throw;
   }
+}
+
+void Executor::abandon() {
+  settle_all_quietly();
+  if (layer_ >= 0) rt_.scratch.release(mark_);
+  layer_ = -1;
 }
 
 void Executor::compute_groups(const std::vector<Group*>& groups) {

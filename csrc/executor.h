@@ -46,9 +46,11 @@ public:
   // x[t] += sum over i, in order, of gates[t, i] * output of its i-th expert.
   void finish(const float* gates, float* x);
 
+  // Forgets a layer that was begun and will not be finished; waits for what is on its way.
+  void abandon();
+
   const ExecutorCounters& counters() const { return counters_; }
   bool direct() const { return reader_.direct(); }
-  int64_t committed_bytes() const { return slots_.committed_bytes(); }
 
 private:
   struct Expert {

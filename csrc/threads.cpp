@@ -103,7 +103,6 @@ void* Scratch::raw(int64_t bytes) {
     throw std::logic_error("scratch memory of " + std::to_string(capacity_) + " bytes is " +
                            std::to_string(end - capacity_) + " bytes too small for this call");
   used_ = end;
-  if (end > peak_) peak_ = end;
   return memory_ + begin;
 }
 

@@ -61,12 +61,11 @@ public:
   template <class T> T* get(int64_t count) { return static_cast<T*>(raw(count * int64_t(sizeof(T)))); }
   int64_t mark() const { return used_; }
   void release(int64_t mark) { used_ = mark; }
-  int64_t peak() const { return peak_; }
 
 private:
   void* raw(int64_t bytes);
   char* memory_;
-  int64_t capacity_, used_ = 0, peak_ = 0;
+  int64_t capacity_, used_ = 0;
 };
 
 // Everything allocated after construction is given back at the end of the scope.

@@ -50,23 +50,27 @@ def encode(w: F32, range_: F16, low: F16) -> U8:
     with np.errstate(divide="ignore", invalid="ignore"):
         inverse = np.where(s > 0, np.float32(256.0) / s, np.float32(0.0))
     cell = np.floor((w - low.astype(np.float32)[..., None]) * inverse)
-    return np.clip(cell, 0, 255).astype(np.uint8)
+    codes: U8 = np.clip(cell, 0, 255).astype(np.uint8)
+    return codes
 
 
 def prefix(codes: U8, bits: int) -> U8:
     """Codes with all but the first `bits` bits cleared."""
-    return codes & np.uint8((0xFF00 >> bits) & 0xFF)
+    kept: U8 = codes & np.uint8((0xFF00 >> bits) & 0xFF)
+    return kept
 
 
 def half_cell(bits: int) -> np.float32:
     """Half a cell of the `bits`-bit code, in units of the 8-bit cell."""
-    return np.float32(2.0 ** (MAX_BITS - 1 - bits))
+    half: np.float32 = np.float32(2.0 ** (MAX_BITS - 1 - bits))
+    return half
 
 
 def decode(codes: U8, range_: F16, low: F16, bits: int) -> F32:
     """Weights float32 [..., group] at width `bits` from codes uint8 [..., group]."""
     s = range_.astype(np.float32)[..., None] * np.float32(1 / 256)
-    return low.astype(np.float32)[..., None] + s * (prefix(codes, bits).astype(np.float32) + half_cell(bits))
+    w: F32 = low.astype(np.float32)[..., None] + s * (prefix(codes, bits).astype(np.float32) + half_cell(bits))
+    return w
 
 
 def fit(w: F32) -> tuple[F16, F16]:
@@ -171,7 +175,8 @@ def pack_base(tiles: U8) -> U8:
     """Base plane uint8 [tiles, groups, group/16, 64] of register-ordered codes."""
     t, g, j, _ = tiles.shape
     v = (tiles >> 6).reshape(t, g, j // 4, 4, 64)
-    return v[..., 0, :] | v[..., 1, :] << np.uint8(2) | v[..., 2, :] << np.uint8(4) | v[..., 3, :] << np.uint8(6)
+    base: U8 = v[..., 0, :] | v[..., 1, :] << np.uint8(2) | v[..., 2, :] << np.uint8(4) | v[..., 3, :] << np.uint8(6)
+    return base
 
 
 def pack_plane(tiles: U8, bit: int) -> U8:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -79,6 +83,38 @@ def test_hits_and_bytes_are_counted(tokens):
             assert used.hit_rate == pytest.approx(1 - used.missing_bytes / used.wanted_bytes)
 
 
+def test_interrupted_step_leaves_the_engine_as_before(tokens, monkeypatch):
+    expected = logits(tokens, 4)
+    rng = np.random.default_rng()
+    with Engine.load(MODEL, EngineConfig(context=256, expert_memory_bytes=900_000)) as engine:
+        sequence = engine.new_sequence()
+        for where in ("start", "finish"):
+            real, layers_left = getattr(engine._streamer, where), list(range(int(rng.integers(1, 5))))
+
+            def stop(*args, real=real, layers_left=layers_left):
+                layers_left.pop()
+                if not layers_left:
+                    raise KeyboardInterrupt
+                return real(*args)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(engine._streamer, where, stop)
+                with pytest.raises(KeyboardInterrupt):
+                    engine.step([Chunk(sequence, tokens, 4)])
+            assert sequence.length == 0
+            assert np.array_equal(engine.step([Chunk(sequence, tokens, 4, "all")]), expected), where
+            sequence.free()
+
+
+@pytest.mark.parametrize("expert_memory", [262144, 900_000, 4_000_000])
+def test_what_the_plan_calls_missing_is_what_is_read(tokens, expert_memory):
+    with Engine.load(MODEL, EngineConfig(context=256, expert_memory_bytes=expert_memory)) as engine:
+        sequence = engine.new_sequence()
+        for cut in np.split(tokens, [40, 41, 42, 90]):
+            engine.step([Chunk(sequence, cut, 4)])
+        assert engine.counters.read_bytes == engine.counters.missing_bytes > 0
+
+
 def test_refusals(tokens, tmp_path):
     with pytest.raises(MemoryBudgetError, match="least that would do is"):
         Engine.load(MODEL, EngineConfig(memory_bytes=20_000_000))
@@ -90,6 +126,8 @@ def test_refusals(tokens, tmp_path):
     with Engine.load(MODEL, EngineConfig(context=64)) as engine:
         with pytest.raises(RequestError, match="do not fit the context of 64"):
             engine.step([Chunk(engine.new_sequence(), tokens, 4)])
+        with pytest.raises(RequestError, match="stands twice"):
+            engine.step([Chunk(twice := engine.new_sequence(), tokens[:3], 4), Chunk(twice, tokens[3:6], 4)])
         with pytest.raises(RequestError, match="from 2 to 8"):
             engine.step([Chunk(engine.new_sequence(), tokens[:3], 9)])
         with pytest.raises(RequestError, match="token ids run"):
@@ -113,3 +151,15 @@ def test_failed_read_is_one_clear_error_and_the_engine_lives_on(tokens, tmp_path
         file.write_bytes(whole)
         found = engine.step([Chunk(sequence, tokens, 4, "all")])
     assert np.array_equal(found, logits(tokens, 4))
+
+
+@pytest.mark.parametrize("table", ["scalar", "avx2", "avx512", "sse9"])
+def test_environment_forces_a_table(table):
+    code = "import d2moe; print(d2moe.load().engine.describe()['kernels'])"
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ | {"D2MOE_KERNELS": table}
+    )
+    if table in native.tables():
+        assert out.stdout.strip() == table
+    else:
+        assert out.returncode and f"D2MOE_KERNELS={table}: this build or this CPU has no such kernel table" in out.stderr

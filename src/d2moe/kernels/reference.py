@@ -27,7 +27,6 @@ class StorageFailure(RuntimeError):
 class Runtime:
     def __init__(self, threads: int = 1, table: str | None = None, scratch_bytes: int = 0, activations: str = "int8"):
         self.threads, self.table, self.activations = 1, f"reference-{activations}", activations
-        self.scratch_peak = 0
 
 
 class Linear:
@@ -48,17 +47,17 @@ class Linear:
         else:
             q, scale, total = planes.quantize_activations(x, self.group)
             y = planes.matmul(self.codes, self.affine, bits, q, scale, total)[:, : self.rows]
-        return y + self.bias if self.bias is not None else y
+        return np.asarray(y + self.bias if self.bias is not None else y, np.float32)
 
 
 def rms_norm(x: F32, weight: F32, eps: float) -> F32:
     scale = 1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True, dtype=np.float32) + np.float32(eps))
-    return (weight * (x * scale)).astype(np.float32)
+    return np.asarray(weight * (x * scale), np.float32)
 
 
 def silu(x: F32) -> F32:
     with np.errstate(over="ignore"):
-        return x / (1 + np.exp(-x))
+        return np.asarray(x / (1 + np.exp(-x)), np.float32)
 
 
 class KvCache:
@@ -77,8 +76,6 @@ class KvCache:
 class Attention:
     def __init__(self, runtime: Runtime, **weights: Any):
         self.runtime = runtime
-        for name, value in weights.items():
-            setattr(self, name, value)
         self.w: dict[str, Any] = weights
 
     def forward(self, kv: KvCache, layer: int, position: I32, sequence: I32, tables: I32, x: F32) -> None:
@@ -177,7 +174,7 @@ class Experts:
         self.runtime, self.f = runtime, facts
         self.widths: dict[tuple[int, int], int] = {}
         self.read_bytes = self.reads = self.calls = 0
-        self.direct, self.committed_bytes = False, 0
+        self.direct = False
 
     @property
     def counters(self) -> tuple[int, int, int, int, int]:
@@ -230,6 +227,9 @@ class Experts:
             total = total + gates.reshape(-1)[: tokens * top_k].reshape(tokens, top_k)[:, k, None] * self.out[:, k]
         rows += total
         self.calls += 1
+
+    def abandon(self) -> None:
+        pass  # nothing outlives a call here
 
     def matrices(self, layer: int, expert: int, bits: int) -> list[Linear]:
         f, group = self.f, self.f["group"]

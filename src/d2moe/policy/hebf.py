@@ -34,15 +34,16 @@ def plan(ledger: Ledger, layer: int, ids: I32, bits: I32) -> Plan:
         widths, demand = most[experts], counts[experts]
     have = ledger.width[layer, experts]
     wanted = int(ledger.prefix_bytes[widths].sum())
-    missing = int((ledger.prefix_bytes[widths] - ledger.prefix_bytes[np.minimum(have, widths)]).sum())
     ledger.touch(layer, experts, widths)
-    if not missing:
-        return Plan([Wave(_NOTHING, _NOTHING, experts)], wanted, 0)
+    if (have >= widths).all():
+        return Plan([Wave(_NOTHING, _NOTHING, experts, 0)], wanted, 0)
     order = np.arange(len(experts)) if demand is None else np.argsort(-demand, kind="stable")
     # What is resident comes first: it can be computed while the rest is read.
     order = order[np.argsort(have[order] < widths[order], kind="stable")]
     items = [(int(experts[i]), int(widths[i])) for i in order]
-    return Plan(_waves(ledger, layer, items), wanted, missing)
+    waves = _waves(ledger, layer, items)
+    # Counted from the reads: an early wave may have to evict what a later one wants.
+    return Plan(waves, wanted, sum(wave.read_bytes for wave in waves))
 
 
 def _waves(ledger: Ledger, layer: int, items: list[tuple[int, int]]) -> list[Wave]:
@@ -90,4 +91,5 @@ def _wave(ledger: Ledger, layer: int, piece: list[tuple[int, int]], pinned: set[
         np.array([(la, e, b) for (la, e), b in freed.items()], np.int32).reshape(-1, 3),
         np.array([(layer, e, w) for e, w in reads], np.int32).reshape(-1, 3),
         np.array([e for e, _ in piece], np.int32),
+        more,
     )

@@ -20,7 +20,7 @@ from d2moe.types import BASE_BITS, MAX_BITS
 I32 = npt.NDArray[np.int32]
 
 HALF_LIFE = 128
-"""Layer calls after which a demand counts half; chosen by measurement over 16 to 4096 (docs/log.md)."""
+"""Layer calls after which a demand counts half; the best of 1 to 65536 within 0.3 points of hit rate (docs/log.md)."""
 SEGMENTS = MAX_BITS - BASE_BITS + 1
 VICTIM_BATCH = 128
 

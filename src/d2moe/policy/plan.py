@@ -14,12 +14,14 @@ I32 = npt.NDArray[np.int32]
 class Wave:
     """One step of a layer: evict, then start reading, then compute `experts` (int32 [n]).
 
-    `evict` and `read` are int32 [n, 3] of layer, expert, bits that stay or bits to have. Reads are started in order.
+    `evict` and `read` are int32 [n, 3] of layer, expert, bits that stay or bits to have. Reads are started in order and move
+    `read_bytes` bytes.
     """
 
     evict: I32
     read: I32
     experts: I32
+    read_bytes: int
 
 
 @dataclass(frozen=True)

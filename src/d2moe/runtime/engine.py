@@ -110,6 +110,8 @@ class Engine:
         """
         begin = time.perf_counter()
         plans = [self._checked(c) for c in chunks]
+        if len({id(c.sequence) for c in chunks}) < len(chunks):
+            raise RequestError("a sequence stands twice in one step; join its tokens into one chunk")
         lengths = [c.sequence.length for c in chunks]
         outputs: list[F32] = []
         try:
@@ -123,7 +125,8 @@ class Engine:
                         piece = tokens[at : at + self.decoder.max_tokens]
                         final = at + len(piece) == len(tokens)
                         outputs.append(self._pass([(c, piece, c.logits if final or c.logits == "all" else "none")]))
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: the engine must be as before the step
+            self._streamer.abandon()
             for c, length in zip(chunks, lengths, strict=True):
                 c.sequence.length = length
             raise

@@ -114,9 +114,12 @@ class Streamer:
         gone = self._plan.waves[index].evict
         return bool(np.isin(gone[gone[:, 0] == self._layer, 1], experts).any())
 
-    def _failed(self, error: Exception) -> StorageError:
-        """Bring the ledger back to what the executor really holds."""
+    def abandon(self) -> None:
+        """A step ended in the middle of a layer: forget the layer, and bring the ledger back to what is really held."""
+        self.experts.abandon()
         self.resync()
+
+    def _failed(self, error: Exception) -> StorageError:
         return StorageError(f'{error}; run "d2moe verify" on the model, and check the disk')
 
     def resync(self) -> None:
