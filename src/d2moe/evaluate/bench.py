@@ -23,7 +23,7 @@ from typing import Any
 
 from d2moe.errors import ConfigError, RequestError
 from d2moe.runtime.generate import Model
-from d2moe.runtime.memory import peak_bytes, usable_cpus
+from d2moe.runtime.memory import available_bytes, peak_bytes, usable_cpus
 from d2moe.runtime.request import Progress
 from d2moe.runtime.sampling import SamplingParams
 
@@ -85,10 +85,12 @@ def bench(
             "lower --prompt-tokens or --generate, or raise --context"
         )
     width = int(engine.config.bits if bits is None else bits)
-    params = SamplingParams(max_tokens=generate, ignore_eos=True, bits=width)
     runs = []
     for n in range(repeats):
-        for run in _repeat(model, prompt, params):
+        # Another prompt order and another seed each time: the same text again would find its own experts in memory.
+        params = SamplingParams(max_tokens=generate, ignore_eos=True, bits=width, temperature=1.0, top_k=40, seed=n)
+        turn = n * 17 % len(prompt)
+        for run in _repeat(model, [*prompt[turn:], *prompt[:turn]], params):
             if isinstance(run, _Run):
                 runs.append(run)
             elif progress is not None:
@@ -218,10 +220,13 @@ def touched_bytes(model: Model, bits: int, position: float) -> int:
 
 
 def memory_bandwidth(threads: int | None) -> float | None:
-    """Bytes per second that plain reads of memory far larger than the caches reach with `threads` threads."""
+    """Bytes per second that plain reads of memory reach with `threads` threads.
+
+    Over 1 GiB, since server caches hold a quarter of that, or a quarter of the free memory where that is less.
+    """
     from d2moe.kernels import native
 
-    rate = native.read_bandwidth(256 << 20, threads or usable_cpus(), MEASURE_S)
+    rate = native.read_bandwidth(max(1 << 24, min(1 << 30, available_bytes() // 4)), threads or usable_cpus(), MEASURE_S)
     return float(rate) if rate else None
 
 
