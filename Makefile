@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test check quick model clean
+.PHONY: demo test check quick test-arm model clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/d2moe run builtin "Once upon a time, there was a little" --memory 128MB --expert-memory 4MB --bits 4 --max-tokens 120 --seed 7
@@ -19,6 +19,10 @@ check: $(VENV)/.tested
 
 quick: $(VENV)/.tested
 	$(BIN)/python -m pytest -m "not slow" tests/pure tests/native
+
+# The core and its kernels for AArch64, cross-compiled and run in an emulator: g++-aarch64-linux-gnu and qemu-user.
+test-arm:
+	tests/native/arm.sh
 
 # Rebuilds the built-in model from the checkpoint it was made from.
 model: $(VENV)/.installed

@@ -40,35 +40,30 @@ class Weights:
         rows = self.layout(2).rows
         self.base = filled(MatrixLayout(rows, COLS, GROUP).base_bytes, rng)
         self.planes = [filled(self.layout(bits).plane_bytes, rng) for bits in range(3, 9)]
-        self.flat = filled(self.layout(8).flat_bytes, rng)
-        n_scales = MatrixLayout(rows, COLS, GROUP).affine_bytes // 2
-        self.affine = np.resize(rng.random(1 << 16, np.float32).astype(np.float16), n_scales).view(np.uint16)
+        self.affine = filled(MatrixLayout(rows, COLS, GROUP).affine_bytes, rng)
+        self.row_scale = np.resize(rng.random(1 << 16, np.float32), rows)
 
     def layout(self, bits: int, rows: int = 0) -> MatrixLayout:
         return MatrixLayout(rows or -(-self.n_bytes * 8 // (bits * COLS * 16)) * 16, COLS, GROUP)
 
-    def call(
-        self, table: str, bits: int, flat: bool, threads: int, m: int = 1, rows: int = 0
-    ) -> tuple[Callable[[], None], int, int]:
+    def call(self, table: str, bits: int, threads: int, m: int = 1, rows: int = 0) -> tuple[Callable[[], None], int, int]:
         """The product, the bytes it reads, its multiply-adds."""
-        layout = self.layout(8 if flat else bits, rows)
+        layout = self.layout(bits, rows)
         t, g = layout.tiles, layout.groups
 
         def cut(a: np.ndarray, *shape: int) -> np.ndarray:
             return a[: int(np.prod(shape))].reshape(shape)
 
-        affine = cut(self.affine, t, g, 2, 16)
-        base = None if flat else cut(self.base, t, g, GROUP // 16, 64)
-        planes = [] if flat else [cut(p, t, g, GROUP // 32, 64) for p in self.planes[: bits - 2]]
-        codes = cut(self.flat, t, g, GROUP // 4, 64) if flat else None
+        row_scale, affine = cut(self.row_scale, t, 16), cut(self.affine, t, g, 2, 16)
+        base = cut(self.base, t, g, GROUP // 16, 64)
+        planes = [cut(p, t, g, GROUP // 32, 64) for p in self.planes[: bits - 2]]
         x = np.random.default_rng(1).standard_normal((m, COLS), np.float32)
         q = native.quantize_activations(table, x, GROUP)
 
         def product() -> None:
-            native.matmul(table, layout.rows, COLS, GROUP, bits, affine, codes, base, planes, *q, threads)
+            native.matmul(table, layout.rows, COLS, GROUP, bits, row_scale, affine, base, planes, *q, threads)
 
-        read = layout.flat_bytes if flat else layout.base_bytes + (bits - 2) * layout.plane_bytes
-        return product, read + layout.affine_bytes, layout.rows * COLS * m
+        return product, layout.base_bytes + (bits - 2) * layout.plane_bytes + layout.affine_bytes, layout.rows * COLS * m
 
 
 def seconds(call: Callable[[], None]) -> float:
@@ -97,10 +92,10 @@ def main(
     """Matrix-vector speed at each width as a share of read bandwidth, and matrix-matrix speed."""
     table = table or native.tables()[-1]
     weights = Weights(int(gigabytes * 2**30))
-    calls = {(n, b, flat): weights.call(table, b, flat, n) for n in threads for flat in (False, True) for b in bits}
-    prompts = {(n, b, m): weights.call(table, b, False, n, m, 4096) for n in threads for b in bits for m in tokens}
+    calls = {(n, b): weights.call(table, b, n) for n in threads for b in bits}
+    prompts = {(n, b, m): weights.call(table, b, n, m, 4096) for n in threads for b in bits for m in tokens}
     bandwidth: dict[int, list[float]] = {n: [] for n in threads}
-    speed: dict[tuple[int, int, bool], list[float]] = {key: [] for key in calls}
+    speed: dict[tuple[int, int], list[float]] = {key: [] for key in calls}
     macs: dict[tuple[int, int, int], list[float]] = {key: [] for key in prompts}
     for index in range(rounds + 1):  # the first one warms up
         for n in threads:
@@ -123,7 +118,7 @@ def report(
     table: str,
     n_bytes: int,
     bandwidth: dict[int, list[float]],
-    speed: dict[tuple[int, int, bool], list[float]],
+    speed: dict[tuple[int, int], list[float]],
     macs: dict[tuple[int, int, int], list[float]],
 ) -> None:
     out = Table(
@@ -146,12 +141,11 @@ def report(
     for n, values in bandwidth.items():
         out.add_row("read only", str(n), text(spread(values), 1), "")
         line[f"read_gb_per_s_{n}"] = spread(values)
-        for (threads, b, flat), measured in speed.items():
+        for (threads, b), measured in speed.items():
             if threads == n:
                 ratio = spread([a / r for a, r in zip(measured, values, strict=True)])
-                kind = "flat" if flat else "nested"
-                out.add_row(f"{b} bits {kind}", str(n), text(spread(measured), 1), text(ratio, 2))
-                rows.append({"bits": b, "kind": kind, "threads": n, "gb_per_s": spread(measured), "ratio": ratio})
+                out.add_row(f"{b} bits", str(n), text(spread(measured), 1), text(ratio, 2))
+                rows.append({"bits": b, "threads": n, "gb_per_s": spread(measured), "ratio": ratio})
     prompts = Table(title=f"prompts, 4096 x {COLS}: median (low to high)")
     for column in ("bits", "tokens", "threads", "10^9 multiply-adds/s"):
         prompts.add_column(column, justify="right")

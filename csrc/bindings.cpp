@@ -1,6 +1,5 @@
 // The only file, with bindings_kernels.cpp, that knows Python: arrays are checked here, the GIL is released here.
-#include "dense.h"
-#include "executor.h"
+#include "program.h"
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -37,37 +36,45 @@ template <class A> void expect_room(const A& a, int64_t size, const char* name) 
 // Keeps the arrays that a Linear points into alive.
 struct PyLinear {
   Linear linear;
-  In<uint8_t> codes;
-  In<uint16_t> affine;
-  std::optional<In<float>> bias;
+  std::vector<nb::object> kept;
 
-  PyLinear(int64_t rows, int64_t cols, int group, In<uint8_t> codes_, In<uint16_t> affine_,
-           std::optional<In<float>> bias_)
-      : codes(std::move(codes_)), affine(std::move(affine_)), bias(std::move(bias_)) {
+  PyLinear(int64_t rows, int64_t cols, int group, int bits, In<float> row_scale, In<uint8_t> affine, In<uint8_t> base,
+           const std::vector<In<uint8_t>>& planes, std::optional<In<float>> bias) {
     expect(rows > 0 && cols > 0 && group > 0 && group % 32 == 0 && group <= 256, "a linear layer has rows, columns and a group");
-    linear.matrix.shape = {rows, cols, group};
-    expect_size(codes, linear.matrix.shape.flat_bytes(), "codes");
-    expect_size(affine, linear.matrix.shape.affine_bytes() / 2, "affine");
-    if (bias) expect_size(*bias, rows, "bias");
-    linear.matrix.flat = codes.data();
-    linear.matrix.affine = affine.data();
-    linear.bias = bias ? bias->data() : nullptr;
+    expect(bits >= kBaseBits && bits <= kMaxBits && int(planes.size()) == bits - kBaseBits, "a linear layer has bits - 2 planes");
+    Matrix& m = linear.matrix;
+    m.shape = {rows, cols, group};
+    linear.bits = bits;
+    expect_size(row_scale, m.shape.row_scale_bytes() / 4, "row_scale");
+    expect_size(affine, m.shape.affine_bytes(), "affine");
+    expect_size(base, m.shape.base_bytes(), "base");
+    m.row_scale = row_scale.data();
+    m.affine = affine.data();
+    m.base = base.data();
+    for (size_t p = 0; p < planes.size(); ++p) {
+      expect_size(planes[p], m.shape.plane_bytes(), "plane");
+      m.planes[p] = planes[p].data();
+      kept.push_back(nb::cast(planes[p]));
+    }
+    if (bias) {
+      expect_size(*bias, rows, "bias");
+      linear.bias = bias->data();
+      kept.push_back(nb::cast(*bias));
+    }
+    for (nb::object array : {nb::cast(row_scale), nb::cast(affine), nb::cast(base)}) kept.push_back(array);
   }
 };
 
 struct PyAttention {
-  Runtime& rt;
   AttentionShape shape;
   AttentionWeights weights;
   std::vector<In<float>> kept;
 
-  PyAttention(Runtime& rt, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t window, int qk_norm, float eps,
-              float clip, float rope_scale, In<float> norm, const PyLinear& q, const PyLinear& k, const PyLinear& v,
-              const PyLinear& o, std::optional<In<float>> q_norm, std::optional<In<float>> k_norm,
-              In<float> inverse_frequency)
-      : rt(rt) {
+  PyAttention(int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t window, int qk_norm, float eps, float clip,
+              In<float> norm, const PyLinear& q, const PyLinear& k, const PyLinear& v, const PyLinear& o,
+              std::optional<In<float>> q_norm, std::optional<In<float>> k_norm) {
     const int64_t hidden = q.linear.matrix.shape.cols;
-    shape = {hidden, heads, kv_heads, head_dim, window, qk_norm, eps, clip, rope_scale};
+    shape = {hidden, heads, kv_heads, head_dim, window, qk_norm, eps, clip};
     expect(heads > 0 && kv_heads > 0 && heads % kv_heads == 0 && head_dim % 2 == 0, "heads must be a multiple of kv_heads");
     const auto rows = [](const PyLinear& l) { return l.linear.matrix.shape.rows; };
     const auto cols = [](const PyLinear& l) { return l.linear.matrix.shape.cols; };
@@ -75,9 +82,8 @@ struct PyAttention {
                cols(k) == hidden && cols(v) == hidden && rows(o) == hidden && cols(o) == heads * head_dim,
            "the shapes of q, k, v and o do not fit the heads");
     expect_size(norm, hidden, "norm");
-    expect_size(inverse_frequency, head_dim / 2, "inverse_frequency");
-    weights = {norm.data(), q.linear, k.linear, v.linear, o.linear, nullptr, nullptr, inverse_frequency.data()};
-    kept = {norm, inverse_frequency};
+    weights = {norm.data(), q.linear, k.linear, v.linear, o.linear, nullptr, nullptr};
+    kept = {norm};
     if (qk_norm) {
       expect(q_norm && k_norm, "q_norm and k_norm are missing");
       expect_size(*q_norm, qk_norm == 1 ? head_dim : heads * head_dim, "q_norm");
@@ -88,108 +94,34 @@ struct PyAttention {
       kept.push_back(*k_norm);
     }
   }
-
-  void forward(KvCache& kv, int64_t layer, In<int32_t> position, In<int32_t> sequence, In<int32_t> tables, Array<float> x) {
-    const int64_t tokens = int64_t(position.size());
-    expect_size(sequence, tokens, "sequence");
-    expect_room(x, tokens * shape.hidden, "x");
-    expect(tables.ndim() == 2, "tables is [sequences, blocks]");
-    expect(layer >= 0 && layer < kv.layers && kv.kv_heads == shape.kv_heads && kv.head_dim == shape.head_dim,
-           "the cache does not fit the layer");
-    const int64_t wide = int64_t(tables.shape(1));
-    for (int64_t t = 0; t < tokens; ++t) {
-      const int64_t s = sequence.data()[t], last = position.data()[t] / kv.block_tokens;
-      expect(position.data()[t] >= 0 && s >= 0 && s < int64_t(tables.shape(0)) && last < wide, "a position lies outside its block table");
-      const int32_t block = tables.data()[s * wide + last];
-      expect(block >= 0 && block < kv.blocks, "a block table names a block that does not exist");
-    }
-    const TokenPlaces places{position.data(), sequence.data(), tables.data(), wide};
-    float* data = x.data();
-    nb::gil_scoped_release free;
-    attention(rt, shape, weights, kv, layer, places, tokens, data);
-  }
 };
 
 struct PyRouter {
-  Runtime& rt;
+  RouterWeights weights;
   In<float> norm, weight;
-  int64_t experts, hidden, top_k;
-  bool normalise;
-  float eps;
 
-  PyRouter(Runtime& rt, In<float> norm_, In<float> weight_, int64_t top_k, bool normalise, float eps)
-      : rt(rt), norm(std::move(norm_)), weight(std::move(weight_)), top_k(top_k), normalise(normalise), eps(eps) {
+  PyRouter(In<float> norm_, In<float> weight_, int64_t top_k, bool normalise, float eps)
+      : norm(std::move(norm_)), weight(std::move(weight_)) {
     expect(weight.ndim() == 2, "the router's weight is [experts, hidden]");
-    experts = int64_t(weight.shape(0));
-    hidden = int64_t(weight.shape(1));
+    const int64_t experts = int64_t(weight.shape(0)), hidden = int64_t(weight.shape(1));
     expect_size(norm, hidden, "norm");
     expect(top_k > 0 && top_k <= experts, "top_k must be from 1 to the number of experts");
-  }
-
-  void forward(int64_t tokens, In<float> x, Array<float> h, Array<int32_t> ids, Array<float> gates) {
-    expect_room(x, tokens * hidden, "x");
-    expect_room(h, tokens * hidden, "h");
-    expect_room(ids, tokens * top_k, "ids");
-    expect_room(gates, tokens * top_k, "gates");
-    nb::gil_scoped_release free;
-    route(rt, norm.data(), weight.data(), hidden, experts, top_k, normalise, eps, tokens, x.data(), h.data(), ids.data(), gates.data());
+    weights = {norm.data(), weight.data(), hidden, experts, top_k, normalise, eps};
   }
 };
 
 struct PyFeedForward {
-  Runtime& rt;
-  Linear gate, up, down;
+  FeedForwardWeights weights;
   std::optional<In<float>> mix, norm;
-  float eps;
 
-  PyFeedForward(Runtime& rt, const PyLinear& gate, const PyLinear& up, const PyLinear& down, std::optional<In<float>> mix_,
+  PyFeedForward(const PyLinear& gate, const PyLinear& up, const PyLinear& down, std::optional<In<float>> mix_,
                 std::optional<In<float>> norm_, float eps)
-      : rt(rt), gate(gate.linear), up(up.linear), down(down.linear), mix(std::move(mix_)), norm(std::move(norm_)), eps(eps) {
-    const auto &g = this->gate.matrix.shape, &u = this->up.matrix.shape, &d = this->down.matrix.shape;
+      : mix(std::move(mix_)), norm(std::move(norm_)) {
+    weights = {gate.linear, up.linear, down.linear, mix ? mix->data() : nullptr, norm ? norm->data() : nullptr, eps};
+    const auto &g = weights.gate.matrix.shape, &u = weights.up.matrix.shape, &d = weights.down.matrix.shape;
     expect(g.rows == u.rows && g.cols == u.cols && d.rows == g.cols && d.cols == g.rows, "gate, up and down do not fit");
     if (mix) expect_size(*mix, g.cols, "mix");
     if (norm) expect_size(*norm, g.cols, "norm");
-  }
-
-  // h is the normed input; where this block has a norm of its own, h is computed here from x.
-  void forward(int64_t tokens, Array<float> h, Array<float> x) {
-    const int64_t hidden = gate.matrix.shape.cols;
-    expect_room(h, tokens * hidden, "h");
-    expect_room(x, tokens * hidden, "x");
-    nb::gil_scoped_release free;
-    if (norm)
-      for (int64_t t = 0; t < tokens; ++t)
-        rms_norm(*rt.table, x.data() + t * hidden, norm->data(), eps, hidden, h.data() + t * hidden);
-    feed_forward(rt, gate, up, down, mix ? mix->data() : nullptr, tokens, h.data(), x.data());
-  }
-};
-
-struct PyEnds { // embedding and head
-  Runtime& rt;
-  Linear embedding, head;
-  In<float> norm;
-  float eps;
-
-  PyEnds(Runtime& rt, const PyLinear& embedding, const PyLinear& head, In<float> norm_, float eps)
-      : rt(rt), embedding(embedding.linear), head(head.linear), norm(std::move(norm_)), eps(eps) {
-    expect(this->embedding.matrix.shape.cols == this->head.matrix.shape.cols, "embedding and head differ in width");
-    expect_size(norm, this->head.matrix.shape.cols, "norm");
-  }
-
-  void embed_tokens(In<int32_t> ids, Array<float> x) {
-    const Matrix& m = embedding.matrix;
-    expect_room(x, int64_t(ids.size()) * m.shape.cols, "x");
-    for (size_t i = 0; i < ids.size(); ++i)
-      expect(ids.data()[i] >= 0 && ids.data()[i] < m.shape.rows, "token id " + std::to_string(ids.data()[i]) + " is outside the vocabulary");
-    nb::gil_scoped_release free;
-    embed(rt, m, ids.data(), int64_t(ids.size()), x.data());
-  }
-
-  void logits(int64_t tokens, In<float> x, Array<float> out) {
-    expect_room(x, tokens * head.matrix.shape.cols, "x");
-    expect_room(out, tokens * head.matrix.shape.rows, "out");
-    nb::gil_scoped_release free;
-    project(rt, norm.data(), eps, head, tokens, x.data(), out.data());
   }
 };
 
@@ -208,7 +140,8 @@ struct PyExperts {
     const MatrixShape wide{inner, hidden, group}, down{hidden, inner, group};
     expect(int64_t(paths.size()) == layers && int64_t(offsets.size()) == layers, "one file and one offset a layer");
     expect(base_bytes % kAlign == 0 && plane_bytes % kAlign == 0, "segments must be multiples of 4096 bytes");
-    expect(base_bytes >= 2 * (wide.affine_bytes() + wide.base_bytes()) + down.affine_bytes() + down.base_bytes() &&
+    const auto base = [](const MatrixShape& m) { return m.affine_bytes() + m.row_scale_bytes() + m.base_bytes(); };
+    expect(base_bytes >= 2 * base(wide) + base(down) &&
                plane_bytes >= 2 * wide.plane_bytes() + down.plane_bytes(),
            "segments are smaller than the matrices in them");
     for (int64_t o : offsets) expect(o % kAlign == 0, "records must begin at multiples of 4096 bytes");
@@ -232,30 +165,96 @@ struct PyExperts {
     nb::gil_scoped_release free;
     for (size_t i = 0; i < moves.shape(0); ++i, p += 3) f(p[0], p[1], p[2]);
   }
+};
 
-  void begin(int64_t layer, int64_t tokens, int64_t top_k, In<float> h, In<int32_t> ids, In<int32_t> bits) {
-    check(layer, 0, 2);
-    expect_room(h, tokens * shape.hidden, "h");
-    expect_room(ids, tokens * top_k, "ids");
-    expect_room(bits, tokens * top_k, "bits");
-    nb::gil_scoped_release free;
-    executor.begin(layer, tokens, top_k, h.data(), ids.data(), bits.data());
+struct PyProgram {
+  Array<int32_t> ids;
+  In<int32_t> bits;
+  In<float> norm;
+  Program program;
+  const KvCache& kv;
+  int64_t hidden;
+
+  PyProgram(Runtime& rt, const PyLinear& embedding, const PyLinear& head, In<float> norm_, float eps,
+            std::vector<float> inverse_frequency, float rope_scale, KvCache& kv, PyExperts& experts, Array<int32_t> ids_,
+            In<int32_t> bits_)
+      : ids(std::move(ids_)), bits(std::move(bits_)), norm(std::move(norm_)),
+        program(rt, checked(embedding, head, norm, ids, bits, kv, experts, inverse_frequency), embedding.linear, head.linear,
+                norm.data(), eps, inverse_frequency, rope_scale, kv, experts.executor, ids.data(), bits.data()),
+        kv(kv), hidden(embedding.linear.matrix.shape.cols) {}
+
+  static ProgramShape checked(const PyLinear& embedding, const PyLinear& head, const In<float>& norm, const Array<int32_t>& ids,
+                              const In<int32_t>& bits, const KvCache& kv, const PyExperts& experts, const std::vector<float>& frequency) {
+    const MatrixShape &e = embedding.linear.matrix.shape, &h = head.linear.matrix.shape;
+    expect(e.cols == h.cols && e.rows == h.rows, "embedding and head differ in shape");
+    expect_size(norm, h.cols, "norm");
+    expect(ids.ndim() == 3 && bits.ndim() == 2 && ids.shape(1) == bits.shape(0) && ids.shape(2) == bits.shape(1),
+           "ids is [moe_layers, max_tokens, top_k], bits is [max_tokens, top_k]");
+    expect(int64_t(ids.shape(0)) == experts.shape.layers && experts.shape.hidden == e.cols, "ids and experts do not fit the model");
+    expect(int64_t(frequency.size()) * 2 == kv.head_dim, "inverse_frequency is [head_dim / 2]");
+    return {e.cols, e.rows, int64_t(ids.shape(2)), int64_t(ids.shape(0)), int64_t(ids.shape(1))};
   }
 
-  void compute(std::optional<In<int32_t>> experts) {
-    const int64_t n = experts ? int64_t(experts->size()) : 0;
-    const int32_t* p = n ? experts->data() : nullptr;
-    for (int64_t i = 0; i < n; ++i) check(0, p[i], 2);
-    if (experts && !n) return;
-    nb::gil_scoped_release free;
-    executor.compute(p, n);
+  void add_layer(const PyAttention& attention, const PyRouter* router, const PyFeedForward* feed_forward) {
+    expect(attention.shape.hidden == hidden && attention.shape.kv_heads == kv.kv_heads && attention.shape.head_dim == kv.head_dim,
+           "the attention does not fit the model or its cache");
+    expect(!router || (router->weights.hidden == hidden && router->weights.top_k == program.shape().top_k),
+           "the router does not fit the model");
+    program.add_layer(attention.shape, attention.weights, router ? std::optional(router->weights) : std::nullopt,
+                      feed_forward ? std::optional(feed_forward->weights) : std::nullopt);
   }
 
-  void finish(int64_t tokens, int64_t top_k, In<float> gates, Array<float> x) {
-    expect_room(gates, tokens * top_k, "gates");
-    expect_room(x, tokens * shape.hidden, "x");
+  void start(In<int32_t> tokens, In<int32_t> position, In<int32_t> sequence, In<int32_t> tables) {
+    const int64_t n = int64_t(tokens.size());
+    expect(n > 0 && n <= program.shape().max_tokens, "a step has from 1 to max_tokens tokens");
+    expect_size(position, n, "position");
+    expect_size(sequence, n, "sequence");
+    expect(tables.ndim() == 2, "tables is [sequences, blocks]");
+    const int64_t sequences = int64_t(tables.shape(0)), wide = int64_t(tables.shape(1));
+    for (int64_t t = 0; t < n; ++t) {
+      const int64_t id = tokens.data()[t], s = sequence.data()[t], last = position.data()[t] / kv.block_tokens;
+      expect(id >= 0 && id < program.shape().vocab, "token id " + std::to_string(id) + " is outside the vocabulary");
+      expect(position.data()[t] >= 0 && s >= 0 && s < sequences && last < wide, "a position lies outside its block table");
+      const int32_t block = tables.data()[s * wide + last];
+      expect(block >= 0 && block < kv.blocks, "a block table names a block that does not exist");
+    }
+    const int32_t* b = bits.data();
+    for (int64_t i = 0; i < n * program.shape().top_k; ++i)
+      expect(b[i] >= kBaseBits && b[i] <= kMaxBits, "bits are from 2 to 8");
+    const TokenPlaces places{position.data(), sequence.data(), tables.data(), wide};
     nb::gil_scoped_release free;
-    executor.finish(gates.data(), x.data());
+    program.start(tokens.data(), places, n, sequences);
+  }
+
+  int64_t run() {
+    nb::gil_scoped_release free;
+    return program.run();
+  }
+
+  void compute(In<int32_t> experts) {
+    if (!experts.size()) return;
+    nb::gil_scoped_release free;
+    program.compute(experts.data(), int64_t(experts.size()));
+  }
+
+  // (first layer, ids int32 [layers, tokens, top_k], bits int32 [tokens, top_k]) of each note.
+  auto take_notes() {
+    using Ids = nb::ndarray<nb::numpy, int32_t, nb::c_contig>;
+    const size_t top_k = size_t(program.shape().top_k);
+    std::vector<std::tuple<int64_t, Ids, Ids>> out;
+    for (Program::Note& note : program.take_notes()) {
+      auto* kept = new Program::Note(std::move(note));
+      nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<Program::Note*>(p); });
+      out.emplace_back(kept->first, Ids(kept->ids.data(), {size_t(kept->layers), size_t(kept->tokens), top_k}, owner),
+                       Ids(kept->bits.data(), {size_t(kept->tokens), top_k}, owner));
+    }
+    return out;
+  }
+
+  void logits(In<int32_t> rows, Array<float> out) {
+    expect_room(out, int64_t(rows.size()) * program.shape().vocab, "out");
+    nb::gil_scoped_release free;
+    program.logits(rows.data(), int64_t(rows.size()), out.data());
   }
 };
 
@@ -275,54 +274,70 @@ NB_MODULE(_native, m) {
            },
            "threads"_a, "table"_a.none(), "scratch_bytes"_a)
       .def_prop_ro("table", [](const Runtime& r) { return std::string(r.table->name); })
-      .def_prop_ro("threads", [](const Runtime& r) { return r.pool.size(); });
+      .def_prop_ro("threads", [](const Runtime& r) { return r.pool.size(); })
+      .def("count_products", [](Runtime& r, bool on) { r.counting = on; r.tally.clear(); }, "on"_a)
+      .def_prop_ro("products", [](const Runtime& r) {
+        std::vector<std::tuple<int64_t, int64_t, int, std::string, int64_t, int64_t>> out;
+        for (const auto& [key, n] : r.tally)
+          out.emplace_back(std::get<0>(key), std::get<1>(key), std::get<2>(key), std::get<3>(key), n.first, n.second);
+        return out;
+      }, "(rows, columns, bits, way, products, tokens) of the matrix products since count_products(True).");
   nb::class_<PyLinear>(m, "Linear")
-      .def(nb::init<int64_t, int64_t, int, In<uint8_t>, In<uint16_t>, std::optional<In<float>>>(), "rows"_a, "cols"_a,
-           "group"_a, "codes"_a, "affine"_a, "bias"_a.none());
+      .def(nb::init<int64_t, int64_t, int, int, In<float>, In<uint8_t>, In<uint8_t>, const std::vector<In<uint8_t>>&, std::optional<In<float>>>(),
+           "rows"_a, "cols"_a, "group"_a, "bits"_a, "row_scale"_a, "affine"_a, "base"_a, "planes"_a, "bias"_a.none());
   nb::class_<KvCache>(m, "KvCache")
-      .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t>(), "layers"_a, "blocks"_a, "block_tokens"_a, "kv_heads"_a, "head_dim"_a)
+      .def("__init__", [](KvCache* self, const std::string& type, int64_t layers, int64_t blocks, int64_t block_tokens, int64_t kv_heads, int64_t head_dim) {
+             expect(type == "f16" || type == "q8", "a cache is of type f16 or q8");
+             new (self) KvCache(type == "q8" ? KvType::q8 : KvType::f16, layers, blocks, block_tokens, kv_heads, head_dim);
+           }, "type"_a, "layers"_a, "blocks"_a, "block_tokens"_a, "kv_heads"_a, "head_dim"_a)
       .def("release", [](KvCache& kv, int64_t block) {
         expect(block >= 0 && block < kv.blocks, "no such block");
         kv.release(block);
       });
   nb::class_<PyAttention>(m, "Attention")
-      .def(nb::init<Runtime&, int64_t, int64_t, int64_t, int64_t, int, float, float, float, In<float>, const PyLinear&,
-                    const PyLinear&, const PyLinear&, const PyLinear&, std::optional<In<float>>, std::optional<In<float>>, In<float>>(),
-           nb::keep_alive<1, 2>(), nb::keep_alive<1, 12>(), nb::keep_alive<1, 13>(), nb::keep_alive<1, 14>(), nb::keep_alive<1, 15>(),
-           "runtime"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "window"_a, "qk_norm"_a, "eps"_a, "clip"_a, "rope_scale"_a,
-           "norm"_a, "q"_a, "k"_a, "v"_a, "o"_a, "q_norm"_a.none(), "k_norm"_a.none(), "inverse_frequency"_a)
-      .def("forward", &PyAttention::forward);
+      .def(nb::init<int64_t, int64_t, int64_t, int64_t, int, float, float, In<float>, const PyLinear&, const PyLinear&,
+                    const PyLinear&, const PyLinear&, std::optional<In<float>>, std::optional<In<float>>>(),
+           nb::keep_alive<1, 10>(), nb::keep_alive<1, 11>(), nb::keep_alive<1, 12>(), nb::keep_alive<1, 13>(), "heads"_a,
+           "kv_heads"_a, "head_dim"_a, "window"_a, "qk_norm"_a, "eps"_a, "clip"_a, "norm"_a, "q"_a, "k"_a, "v"_a, "o"_a,
+           "q_norm"_a.none(), "k_norm"_a.none());
   nb::class_<PyRouter>(m, "Router")
-      .def(nb::init<Runtime&, In<float>, In<float>, int64_t, bool, float>(), nb::keep_alive<1, 2>(), "runtime"_a, "norm"_a,
-           "weight"_a, "top_k"_a, "normalise"_a, "eps"_a)
-      .def("forward", &PyRouter::forward);
+      .def(nb::init<In<float>, In<float>, int64_t, bool, float>(), "norm"_a, "weight"_a, "top_k"_a, "normalise"_a, "eps"_a);
   nb::class_<PyFeedForward>(m, "FeedForward")
-      .def(nb::init<Runtime&, const PyLinear&, const PyLinear&, const PyLinear&, std::optional<In<float>>, std::optional<In<float>>, float>(),
-           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), "runtime"_a,
-           "gate"_a, "up"_a, "down"_a, "mix"_a.none(), "norm"_a.none(), "eps"_a)
-      .def("forward", &PyFeedForward::forward);
-  nb::class_<PyEnds>(m, "Ends")
-      .def(nb::init<Runtime&, const PyLinear&, const PyLinear&, In<float>, float>(), nb::keep_alive<1, 2>(),
-           nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), "runtime"_a, "embedding"_a, "head"_a, "norm"_a, "eps"_a)
-      .def("embed", &PyEnds::embed_tokens)
-      .def("logits", &PyEnds::logits);
+      .def(nb::init<const PyLinear&, const PyLinear&, const PyLinear&, std::optional<In<float>>, std::optional<In<float>>, float>(),
+           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), "gate"_a, "up"_a, "down"_a, "mix"_a.none(),
+           "norm"_a.none(), "eps"_a);
   nb::class_<PyExperts>(m, "Experts")
       .def(nb::init<Runtime&, int64_t, int64_t, int64_t, int64_t, int, int64_t, int64_t, const std::vector<std::string>&,
                     std::vector<int64_t>, bool, int>(),
            nb::keep_alive<1, 2>(), "runtime"_a, "layers"_a, "experts"_a, "hidden"_a, "inner"_a, "group"_a, "base_bytes"_a,
            "plane_bytes"_a, "paths"_a, "offsets"_a, "direct"_a, "depth"_a)
       .def("set_limit", [](PyExperts& e, int64_t bytes) { e.executor.set_limit(bytes); })
-      .def("width", [](PyExperts& e, int64_t l, int64_t i) { e.check(l, i, 2); return e.executor.width(l, i); })
+      .def("width", [](const PyExperts& e, int64_t layer, int64_t expert) {
+        e.check(layer, expert, 2);
+        return e.executor.width(layer, expert);
+      })
       .def("evict", &PyExperts::evict)
       .def("read", &PyExperts::read)
-      .def("begin", &PyExperts::begin)
-      .def("compute", &PyExperts::compute, "experts"_a.none())
-      .def("finish", &PyExperts::finish)
-      .def("abandon", [](PyExperts& e) { nb::gil_scoped_release free; e.executor.abandon(); })
+      .def("abandon", [](PyExperts& e) { e.executor.abandon(); }, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("direct", [](const PyExperts& e) { return e.executor.direct(); })
-      // read_bytes, reads, stall_ns, compute_ns, calls
       .def_prop_ro("counters", [](const PyExperts& e) {
         const ExecutorCounters& c = e.executor.counters();
         return std::make_tuple(c.read_bytes, c.reads, c.stall_ns, c.compute_ns, c.calls);
       });
+  nb::class_<PyProgram>(m, "Program")
+      .def(nb::init<Runtime&, const PyLinear&, const PyLinear&, In<float>, float, std::vector<float>, float, KvCache&, PyExperts&,
+                    Array<int32_t>, In<int32_t>>(),
+           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 9>(), nb::keep_alive<1, 10>(),
+           "runtime"_a, "embedding"_a, "head"_a, "norm"_a, "eps"_a, "inverse_frequency"_a, "rope_scale"_a, "kv"_a, "experts"_a,
+           "ids"_a, "bits"_a)
+      .def("add_layer", &PyProgram::add_layer, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(),
+           "attention"_a, "router"_a.none(), "feed_forward"_a.none())
+      .def("start", &PyProgram::start)
+      .def("run", &PyProgram::run)
+      .def("compute", &PyProgram::compute)
+      .def("take_notes", &PyProgram::take_notes)
+      .def("logits", &PyProgram::logits)
+      .def("abandon", [](PyProgram& p) { p.program.abandon(); }, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("wanted_bytes", [](const PyProgram& p) { return p.program.wanted_bytes(); })
+      .def_prop_ro("busy_ns", [](const PyProgram& p) { return p.program.busy_ns(); });
 }

@@ -1,6 +1,7 @@
 // Kernels and encoder as Python sees them, for conversion, tests and benchmarks. The engine itself calls them in C++.
 #include "encode.h"
 #include "kernels.h"
+#include "sampling.h"
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -89,7 +90,7 @@ template <class F> void split(int64_t n, int threads, F&& f) {
 
 std::vector<std::string> tables() {
   std::vector<std::string> names;
-  for (const char* name : {"scalar", "avx2", "avx512"})
+  for (const char* name : kTableNames)
     if (kernel_table(name)) names.emplace_back(name);
   return names;
 }
@@ -100,15 +101,16 @@ auto encode(In<float> w, int group, int threads) {
   expect(w.ndim() == 2 && w.size() > 0, "w has shape " + text(shape_of(w)) + ", expected [rows, cols], not empty");
   const MatrixShape s{int64_t(w.shape(0)), int64_t(w.shape(1)), group};
   auto tiles = fresh<uint8_t>({size_t(s.tiles()), size_t(s.groups()), size_t(group / 4), kRegisterBytes});
-  auto affine = fresh<uint16_t>({size_t(s.tiles()), size_t(s.groups()), 2, kTileRows});
+  auto affine = fresh<uint8_t>({size_t(s.tiles()), size_t(s.groups()), 2, kTileRows});
+  auto row_scale = fresh<float>({size_t(s.tiles()), kTileRows});
   const float* in = w.data();
-  uint8_t* codes = tiles.data();
-  uint16_t* scales = affine.data();
+  uint8_t *codes = tiles.data(), *scales = affine.data();
+  float* rows = row_scale.data();
   {
     nb::gil_scoped_release free;
-    split(s.tiles(), threads, [=](int64_t a, int64_t b) { encode_rows(in, s.rows, s.cols, s.group, a, b, codes, scales); });
+    split(s.tiles(), threads, [=](int64_t a, int64_t b) { encode_rows(in, s.rows, s.cols, s.group, a, b, codes, scales, rows); });
   }
-  return std::make_tuple(tiles, affine);
+  return std::make_tuple(tiles, affine, row_scale);
 }
 
 auto pack(In<uint8_t> tiles) {
@@ -150,34 +152,29 @@ auto quantize_activations(const std::string& table, In<float> x, int group) {
   return std::make_tuple(q, scale, sum);
 }
 
-// y f32 [m, rows]; `flat`, or `base` and at least bits - 2 planes.
-Out<float> matmul(const std::string& table, int64_t rows, int64_t cols, int group, int bits, In<uint16_t> affine,
-                  std::optional<In<uint8_t>> flat, std::optional<In<uint8_t>> base, std::vector<In<uint8_t>> planes,
-                  In<int8_t> q, In<float> scale, In<int32_t> sum, int threads) {
+// y f32 [m, rows]; at least bits - 2 planes.
+Out<float> matmul(const std::string& table, int64_t rows, int64_t cols, int group, int bits, In<float> row_scale,
+                  In<uint8_t> affine, In<uint8_t> base, std::vector<In<uint8_t>> planes, In<int8_t> q, In<float> scale,
+                  In<int32_t> sum, int threads) {
   const KernelTable& k = table_of(table);
   expect_group(group);
   expect_threads(threads);
   expect(rows > 0 && cols > 0, "rows and cols must be positive");
   expect(bits >= kBaseBits && bits <= kMaxBits, "bits is " + std::to_string(bits) + ", expected 2 to 8");
-  expect(bool(flat) != bool(base), "give either flat or base");
   Matrix w;
   w.shape = {rows, cols, group};
   const size_t tiles = size_t(w.shape.tiles()), groups = size_t(w.shape.groups()), per = size_t(group);
+  expect_shape(row_scale, {tiles, kTileRows}, "row_scale");
   expect_shape(affine, {tiles, groups, 2, kTileRows}, "affine");
+  expect_shape(base, {tiles, groups, per / 16, kRegisterBytes}, "base");
+  expect(planes.size() >= size_t(bits - kBaseBits) && planes.size() <= kPlanes,
+         std::to_string(planes.size()) + " planes given, " + std::to_string(bits) + " bits need " + std::to_string(bits - kBaseBits) + " to 6");
+  w.row_scale = row_scale.data();
   w.affine = affine.data();
-  if (flat) {
-    expect_shape(*flat, {tiles, groups, per / 4, kRegisterBytes}, "flat");
-    expect(planes.empty(), "a flat matrix has no planes");
-    w.flat = flat->data();
-  } else {
-    expect_shape(*base, {tiles, groups, per / 16, kRegisterBytes}, "base");
-    w.base = base->data();
-    expect(planes.size() >= size_t(bits - kBaseBits) && planes.size() <= kPlanes,
-           std::to_string(planes.size()) + " planes given, " + std::to_string(bits) + " bits need " + std::to_string(bits - kBaseBits) + " to 6");
-    for (size_t p = 0; p < planes.size(); ++p) {
-      expect_shape(planes[p], {tiles, groups, per / 32, kRegisterBytes}, "plane");
-      w.planes[p] = planes[p].data();
-    }
+  w.base = base.data();
+  for (size_t p = 0; p < planes.size(); ++p) {
+    expect_shape(planes[p], {tiles, groups, per / 32, kRegisterBytes}, "plane");
+    w.planes[p] = planes[p].data();
   }
   expect(q.ndim() == 2, "q is [m, padded cols]");
   const size_t m = q.shape(0);
@@ -194,49 +191,76 @@ Out<float> matmul(const std::string& table, int64_t rows, int64_t cols, int grou
   return y;
 }
 
-// One of the small slots, on copies. a and b are f32 or f16 bits (uint16) as the slot wants them; answers (array or
-// None, number): dot_f32(a, b), dot_f16(a, b), axpy_f16(alpha, a, y=b), sum_squares(a), exp_sum(a, offset=alpha),
-// silu_mul(gate=a, up=b), to_f16(a), to_f32(a).
-nb::object vector_op(const std::string& table, const std::string& op, nb::object a, nb::object b, float alpha) {
+// Scores f32 [n, 16 * tiles] of queries against tiles of keys: u16 [tiles, head_dim, 16] (halves) with q f32 [n, head_dim],
+// or u8 [tiles, head_dim/4, 16, 4] with key_scale f32 [tiles, 16] and q int8.
+Out<float> scores(const std::string& table, nb::object keys, nb::object q, std::optional<In<float>> key_scale) {
+  const KernelTable& k = table_of(table);
+  const auto queries = [&](const auto& array) {
+    expect(array.ndim() == 2 && array.shape(0) >= 1 && array.shape(0) <= kQueries, "q is [1 to 8 queries, head_dim]");
+    return array.shape(0);
+  };
+  if (key_scale) {
+    const auto codes = nb::cast<In<uint8_t>>(keys);
+    const auto x = nb::cast<In<int8_t>>(q);
+    const size_t n = queries(x), head_dim = x.shape(1), tiles = codes.shape(0);
+    expect(head_dim % 4 == 0, "head_dim is " + std::to_string(head_dim) + ", expected a multiple of 4 with 8-bit keys");
+    expect_shape(codes, {tiles, head_dim / 4, kKeyTile, 4}, "keys");
+    expect_shape(*key_scale, {tiles, kKeyTile}, "key_scale");
+    auto out = fresh<float>({n, tiles * kKeyTile});
+    k.scores_q8(codes.data(), key_scale->data(), int64_t(tiles), int64_t(head_dim), x.data(), int64_t(head_dim), int64_t(n),
+                {out.data(), int64_t(tiles) * kKeyTile});
+    return out;
+  }
+  const auto halves = nb::cast<In<uint16_t>>(keys);
+  const auto x = nb::cast<In<float>>(q);
+  const size_t n = queries(x), head_dim = x.shape(1), tiles = halves.shape(0);
+  expect_shape(halves, {tiles, head_dim, kKeyTile}, "keys");
+  auto out = fresh<float>({n, tiles * kKeyTile});
+  k.scores_f16(halves.data(), int64_t(tiles), int64_t(head_dim), {x.data(), int64_t(head_dim)}, int64_t(n),
+               {out.data(), int64_t(tiles) * kKeyTile});
+  return out;
+}
+
+// out f32 [n, head_dim] plus the values u16 (halves) or int8 with value_scale f32 [count], [count, head_dim], weighed by
+// p f32 [n, count].
+Out<float> mix(const std::string& table, nb::object values, In<float> p, In<float> out, std::optional<In<float>> value_scale) {
+  const KernelTable& k = table_of(table);
+  expect(p.ndim() == 2 && p.shape(0) >= 1 && p.shape(0) <= kQueries, "p is [1 to 8 queries, count]");
+  expect(out.ndim() == 2, "out is [n, head_dim]");
+  const size_t n = p.shape(0), count = p.shape(1), head_dim = out.shape(1);
+  expect_shape(out, {n, head_dim}, "out");
+  auto y = fresh<float>({n, head_dim});
+  std::memcpy(y.data(), out.data(), n * head_dim * sizeof(float));
+  const ConstRows weights{p.data(), int64_t(count)};
+  const Rows rows{y.data(), int64_t(head_dim)};
+  if (value_scale) {
+    const auto codes = nb::cast<In<int8_t>>(values);
+    expect_shape(codes, {count, head_dim}, "values");
+    expect_shape(*value_scale, {count}, "value_scale");
+    k.mix_q8(codes.data(), value_scale->data(), int64_t(count), int64_t(head_dim), weights, int64_t(n), rows);
+  } else {
+    const auto halves = nb::cast<In<uint16_t>>(values);
+    expect_shape(halves, {count, head_dim}, "values");
+    k.mix_f16(halves.data(), int64_t(count), int64_t(head_dim), weights, int64_t(n), rows);
+  }
+  return y;
+}
+
+// One of the small slots, on copies; answers (array or None, number): dot_f32(a, b), sum_squares(a), exp_sum(a,
+// offset), silu_mul(gate=a, up=b), to_f16(a), to_f32(a: uint16, the bits of float16).
+nb::object vector_op(const std::string& table, const std::string& op, nb::object a, nb::object b, float offset) {
   const KernelTable& k = table_of(table);
   const auto floats = [&](const nb::object& o, const char* name) {
     In<float> array;
     expect(nb::try_cast(o, array, false) && array.ndim() == 1, op + ": " + name + " must be float32 [n], contiguous");
     return array;
   };
-  const auto halves = [&](const nb::object& o, const char* name) {
-    In<uint16_t> array;
-    expect(nb::try_cast(o, array, false) && array.ndim() == 1, op + ": " + name + " must be uint16 [n] (the bits of float16), contiguous");
-    return array;
-  };
   const auto same = [&](size_t x, size_t y) { expect(x == y, op + ": a and b differ in length"); };
-  const auto copy = [](const In<float>& x) {
-    auto y = fresh<float>({x.size()});
-    if (x.size()) std::memcpy(y.data(), x.data(), x.size() * sizeof(float));
-    return y;
-  };
   const auto answer = [](const auto& array, float number) { return nb::cast(std::make_tuple(array, number)); };
   const auto only = [](float number) { return nb::cast(std::make_tuple(nb::none(), number)); };
-  if (op == "dot_f32" || op == "dot_f16") {
-    const auto y = floats(b, "b");
-    if (op == "dot_f32") {
-      const auto x = floats(a, "a");
-      same(x.size(), y.size());
-      return only(k.dot_f32(x.data(), y.data(), int64_t(x.size())));
-    }
-    const auto x = halves(a, "a");
-    same(x.size(), y.size());
-    return only(k.dot_f16(x.data(), y.data(), int64_t(x.size())));
-  }
-  if (op == "axpy_f16") {
-    const auto x = halves(a, "a");
-    auto y = copy(floats(b, "b"));
-    same(x.size(), y.size());
-    k.axpy_f16(alpha, x.data(), y.data(), int64_t(x.size()));
-    return answer(y, 0.0f);
-  }
   if (op == "to_f32") {
-    const auto x = halves(a, "a");
+    In<uint16_t> x;
+    expect(nb::try_cast(a, x, false) && x.ndim() == 1, op + ": a must be uint16 [n] (the bits of float16), contiguous");
     auto y = fresh<float>({x.size()});
     k.to_f32(x.data(), y.data(), int64_t(x.size()));
     return answer(y, 0.0f);
@@ -244,14 +268,20 @@ nb::object vector_op(const std::string& table, const std::string& op, nb::object
   const auto x = floats(a, "a");
   const int64_t n = int64_t(x.size());
   if (op == "sum_squares") return only(k.sum_squares(x.data(), n));
+  if (op == "dot_f32") {
+    const auto y = floats(b, "b");
+    same(x.size(), y.size());
+    return only(k.dot_f32(x.data(), y.data(), n));
+  }
   if (op == "to_f16") {
     auto y = fresh<uint16_t>({x.size()});
     k.to_f16(x.data(), y.data(), n);
     return answer(y, 0.0f);
   }
-  auto y = copy(x);
+  auto y = fresh<float>({x.size()});
+  if (n) std::memcpy(y.data(), x.data(), size_t(n) * sizeof(float));
   if (op == "exp_sum") {
-    const float sum = k.exp_sum(y.data(), alpha, n);
+    const float sum = k.exp_sum(y.data(), offset, n);
     return answer(y, sum);
   }
   expect(op == "silu_mul", "vector op \"" + op + "\" does not exist");
@@ -259,6 +289,11 @@ nb::object vector_op(const std::string& table, const std::string& op, nb::object
   same(x.size(), up.size());
   k.silu_mul(y.data(), up.data(), n);
   return answer(y, 0.0f);
+}
+
+int64_t draw_token(In<float> logits, double temperature, int64_t top_k, double top_p, double min_p, double uniform) {
+  expect(logits.ndim() == 1 && logits.size() > 0, "logits is float32 [vocab]");
+  return draw(logits.data(), int64_t(logits.size()), {temperature, top_k, top_p, min_p}, uniform);
 }
 
 // Bytes per second that `threads` threads read, each over and over its own part of n_bytes, for `seconds` or one pass.
@@ -297,14 +332,20 @@ double read_bandwidth(int64_t n_bytes, int threads, double seconds, const std::o
 void bind_kernels(nb::module_& m) {
   m.def("tables", &tables, "Names of the kernel tables that this build has and this CPU can run.");
   m.def("encode", &encode, "w"_a, "group"_a, "threads"_a = 1,
-        "Codes uint8 [tiles, groups, group/4, 64] and affine float16 bits uint16 [tiles, groups, 2, 16] of w float32 [rows, cols].");
+        "Codes uint8 [tiles, groups, group/4, 64], affine uint8 [tiles, groups, 2, 16] and row scale float32 [tiles, 16] of w float32 [rows, cols].");
   m.def("pack", &pack, "tiles"_a, "Base plane and the six one-bit planes of register-ordered codes.");
   m.def("quantize_activations", &quantize_activations, "table"_a, "x"_a, "group"_a,
         "int8 [m, padded cols], scale float32 and sum int32 [m, groups] of x float32 [m, cols].");
-  m.def("matmul", &matmul, "table"_a, "rows"_a, "cols"_a, "group"_a, "bits"_a, "affine"_a, "flat"_a.none(), "base"_a.none(),
-        "planes"_a, "q"_a, "scale"_a, "sum"_a, "threads"_a = 1, "y float32 [m, rows] at width `bits` of a flat or nested matrix.");
-  m.def("vector_op", &vector_op, "table"_a, "op"_a, "a"_a, "b"_a = nb::none(), "alpha"_a = 0.0f,
+  m.def("matmul", &matmul, "table"_a, "rows"_a, "cols"_a, "group"_a, "bits"_a, "row_scale"_a, "affine"_a, "base"_a,
+        "planes"_a, "q"_a, "scale"_a, "sum"_a, "threads"_a = 1, "y float32 [m, rows] of a nested matrix at width `bits`.");
+  m.def("scores", &scores, "table"_a, "keys"_a, "q"_a, "key_scale"_a = nb::none(),
+        "Attention scores float32 [n, 16 * tiles] of up to 8 queries against tiles of 16 keys (kernels.h, scores_f16 and scores_q8).");
+  m.def("mix", &mix, "table"_a, "values"_a, "p"_a, "out"_a, "value_scale"_a = nb::none(),
+        "out float32 [n, head_dim] plus values weighed by p (kernels.h, mix_f16 and mix_q8).");
+  m.def("vector_op", &vector_op, "table"_a, "op"_a, "a"_a, "b"_a = nb::none(), "offset"_a = 0.0f,
         "One of the small slots of a kernel table on copies of a and b: (array or None, number).");
+  m.def("draw", &draw_token, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "uniform"_a,
+        "The token that `uniform` of [0, 1) draws from logits float32 [vocab], as sampling.candidates defines it; -1 if they are not finite.");
   m.def("read_bandwidth", &read_bandwidth, "n_bytes"_a, "threads"_a, "seconds"_a, "table"_a = nb::none(),
         "Bytes per second read from memory by `threads` threads.");
 }

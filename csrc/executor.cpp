@@ -21,7 +21,7 @@ Executor::Executor(Runtime& rt, const ExpertShape& shape, const std::vector<std:
                    std::vector<int64_t> offsets, bool direct, int depth)
     : rt_(rt), shape_(shape), offsets_(std::move(offsets)),
       slots_(shape.base_bytes, shape.layers * shape.experts, shape.plane_bytes, shape.layers * shape.experts * kPlanes),
-      experts_(size_t(shape.layers * shape.experts)), reader_(paths, direct, depth) {}
+      experts_(size_t(shape.layers * shape.experts)), widest_(size_t(shape.experts)), reader_(paths, direct, depth) {}
 
 Executor::~Executor() {
   settle_all_quietly(); // no read may land in memory that is gone
@@ -108,16 +108,35 @@ void Executor::settle_all_quietly() {
   }
 }
 
+// Where a matrix lies in its expert's slots: docs/format.md, "Expert records".
 Matrix Executor::matrix(const Expert& e, int projection) const {
   Matrix m;
   m.shape = projection_shape(shape_, projection);
-  const MatrixShape wide = projection_shape(shape_, 0);
-  const int64_t affine = wide.affine_bytes(), base = wide.base_bytes(), plane = wide.plane_bytes();
-  const int64_t all_affine = 2 * affine + projection_shape(shape_, 2).affine_bytes();
-  m.affine = reinterpret_cast<const uint16_t*>(e.base + projection * affine);
-  m.base = e.base + all_affine + projection * base;
-  for (int p = 0; p < kPlanes; ++p) m.planes[p] = e.planes[p] ? e.planes[p] + projection * plane : nullptr;
+  const MatrixShape wide = projection_shape(shape_, 0), down = projection_shape(shape_, 2);
+  const uint8_t* rows = e.base + 2 * wide.base_bytes() + down.base_bytes();
+  const uint8_t* affine = rows + 2 * wide.row_scale_bytes() + down.row_scale_bytes();
+  m.base = e.base + projection * wide.base_bytes();
+  m.row_scale = reinterpret_cast<const float*>(rows + projection * wide.row_scale_bytes());
+  m.affine = affine + projection * wide.affine_bytes();
+  for (int p = 0; p < kPlanes; ++p) m.planes[p] = e.planes[p] ? e.planes[p] + projection * wide.plane_bytes() : nullptr;
   return m;
+}
+
+bool Executor::holds(int64_t layer, int64_t pairs, const int32_t* ids, const int32_t* bits) const {
+  for (int64_t i = 0; i < pairs; ++i)
+    if (at(layer, ids[i]).width < bits[i]) return false;
+  return true;
+}
+
+int64_t Executor::wanted_bytes(int64_t pairs, const int32_t* ids, const int32_t* bits) {
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < pairs; ++i) {
+    int32_t& widest = widest_[size_t(ids[i])];
+    if (!widest) bytes += shape_.base_bytes, widest = kBaseBits;
+    if (bits[i] > widest) bytes += (bits[i] - widest) * shape_.plane_bytes, widest = bits[i];
+  }
+  for (int64_t i = 0; i < pairs; ++i) widest_[size_t(ids[i])] = 0;
+  return bytes;
 }
 
 void Executor::begin(int64_t layer, int64_t tokens, int64_t top_k, const float* h, const int32_t* ids,
@@ -144,24 +163,16 @@ void Executor::begin(int64_t layer, int64_t tokens, int64_t top_k, const float* 
     if (n) groups_.push_back({int32_t(int64_t(k) / kWidths), int32_t(int64_t(k) % kWidths) + kBaseBits, count[k], n, false});
   }
   row_of_pair_.resize(size_t(pairs));
-  for (int64_t i = 0; i < pairs; ++i) row_of_pair_[size_t(i)] = count[key(i)]++;
-
-  QuantRows once = quant_rows(rt_, tokens, shape_.hidden, shape_.group);
-  in_ = quant_rows(rt_, pairs, shape_.hidden, shape_.group);
+  pair_at_.resize(size_t(pairs));
+  for (int64_t i = 0; i < pairs; ++i) {
+    const int64_t row = count[key(i)]++;
+    row_of_pair_[size_t(i)] = row;
+    pair_at_[size_t(row)] = i;
+  }
+  in_ = quant_rows(rt_, tokens, shape_.hidden, shape_.group);
   rt_.pool.parallel_for(tokens, 4, [&](int64_t a, int64_t b, int) {
-    for (int64_t t = a; t < b; ++t) {
-      quantize_row(rt_, h + t * shape_.hidden, shape_.hidden, shape_.group, once, t);
-      for (int64_t i = t * top_k; i < (t + 1) * top_k; ++i) {
-        const int64_t row = row_of_pair_[size_t(i)];
-        std::memcpy(in_.q + row * in_.stride, once.q + t * once.stride, size_t(once.stride));
-        std::memcpy(in_.scale + row * in_.groups, once.scale + t * once.groups, size_t(once.groups) * 4);
-        std::memcpy(in_.sum + row * in_.groups, once.sum + t * once.groups, size_t(once.groups) * 4);
-      }
-    }
+    for (int64_t t = a; t < b; ++t) quantize_row(rt_, h + t * shape_.hidden, shape_.hidden, shape_.group, in_, t);
   });
-  gate_ = rt_.scratch.get<float>(pairs * shape_.inner);
-  up_ = rt_.scratch.get<float>(pairs * shape_.inner);
-  middle_ = quant_rows(rt_, pairs, shape_.inner, shape_.group);
   out_ = rt_.scratch.get<float>(pairs * shape_.hidden);
   layer_ = layer;
 }
@@ -216,27 +227,50 @@ void Executor::abandon() {
 }
 
 void Executor::compute_groups(const std::vector<Group*>& groups) {
-  std::vector<Matrix> matrices;
-  matrices.reserve(groups.size() * 3);
-  std::vector<Product> first, second;
-  std::vector<int64_t> rows;
-  for (Group* g : groups) {
-    const Expert& e = at(layer_, g->expert);
-    for (int p = 0; p < 3; ++p) matrices.push_back(matrix(e, p));
-    const Matrix* m = &matrices[matrices.size() - 3];
-    const Activations in = in_.row(g->first, g->count);
-    for (int64_t i = 0; i < g->count; ++i) rows.push_back(g->first + i);
-    first.push_back({m, g->bits, in, gate_ + g->first * shape_.inner, shape_.inner, nullptr});
-    first.push_back({m + 1, g->bits, in, up_ + g->first * shape_.inner, shape_.inner, nullptr});
-    second.push_back({m + 2, g->bits, middle_.row(g->first, g->count), out_ + g->first * shape_.hidden, shape_.hidden, nullptr});
-    g->computed = true;
+  for (size_t begin = 0; begin < groups.size();) {
+    size_t end = begin;
+    for (int64_t rows = 0; end < groups.size() && (end == begin || rows + groups[end]->count <= kBatchRows); ++end) rows += groups[end]->count;
+    compute_batch(&groups[begin], end - begin);
+    begin = end;
   }
+}
+
+void Executor::compute_batch(Group* const* groups, size_t n_groups) {
+  ScratchScope scope(rt_.scratch);
+  int64_t total = 0;
+  for (size_t i = 0; i < n_groups; ++i) total += groups[i]->count;
+  QuantRows in = quant_rows(rt_, total, shape_.hidden, shape_.group), middle = quant_rows(rt_, total, shape_.inner, shape_.group);
+  float *gate = rt_.scratch.get<float>(total * shape_.inner), *up = rt_.scratch.get<float>(total * shape_.inner);
+  std::vector<Matrix> matrices;
+  matrices.reserve(n_groups * 3);
+  std::vector<Product> first, second;
+  std::vector<int64_t> token; // of each row of the batch
+  for (size_t i = 0; i < n_groups; ++i) {
+    Group& g = *groups[i];
+    const int64_t row = int64_t(token.size());
+    for (int p = 0; p < 3; ++p) matrices.push_back(matrix(at(layer_, g.expert), p));
+    const Matrix* m = &matrices[matrices.size() - 3];
+    for (int64_t k = 0; k < g.count; ++k) token.push_back(pair_at_[size_t(g.first + k)] / top_k_);
+    const Activations x = g.count == 1 ? in_.row(token.back(), 1) : in.row(row, g.count); // one row needs no gathering
+    first.push_back({m, g.bits, x, gate + row * shape_.inner, shape_.inner, nullptr});
+    first.push_back({m + 1, g.bits, x, up + row * shape_.inner, shape_.inner, nullptr});
+    second.push_back({m + 2, g.bits, middle.row(row, g.count), out_ + g.first * shape_.hidden, shape_.hidden, nullptr});
+    g.computed = true;
+  }
+  if (total > int64_t(n_groups))
+    rt_.pool.parallel_for(total, 8, [&](int64_t begin, int64_t end, int) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t t = token[size_t(row)];
+        std::memcpy(in.q + row * in.stride, in_.q + t * in.stride, size_t(in.stride));
+        std::memcpy(in.scale + row * in.groups, in_.scale + t * in.groups, size_t(in.groups) * 4);
+        std::memcpy(in.sum + row * in.groups, in_.sum + t * in.groups, size_t(in.groups) * 4);
+      }
+    });
   multiply(rt_, first);
-  rt_.pool.parallel_for(int64_t(rows.size()), 2, [&](int64_t begin, int64_t end, int) {
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t i = rows[size_t(n)];
-      rt_.table->silu_mul(gate_ + i * shape_.inner, up_ + i * shape_.inner, shape_.inner);
-      quantize_row(rt_, gate_ + i * shape_.inner, shape_.inner, shape_.group, middle_, i);
+  rt_.pool.parallel_for(total, 2, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      rt_.table->silu_mul(gate + i * shape_.inner, up + i * shape_.inner, shape_.inner);
+      quantize_row(rt_, gate + i * shape_.inner, shape_.inner, shape_.group, middle, i);
     }
   });
   multiply(rt_, second);

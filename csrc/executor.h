@@ -10,6 +10,9 @@
 
 namespace d2moe {
 
+// Pairs of token and expert that are computed together: what they need in between stays in the cache.
+constexpr int64_t kBatchRows = 512;
+
 // A read failed; the message names file, layer, expert and planes. The expert keeps what it had before.
 struct StorageFailure : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -34,6 +37,11 @@ public:
 
   void set_limit(int64_t bytes) { slots_.set_limit(bytes); }
   int width(int64_t layer, int64_t expert) const { return at(layer, expert).width; }
+  // Whether every expert ids[i] has (or is being read up to) bits[i].
+  bool holds(int64_t layer, int64_t pairs, const int32_t* ids, const int32_t* bits) const;
+  // Bytes of the planes that these choices ask for, each plane once.
+  int64_t wanted_bytes(int64_t pairs, const int32_t* ids, const int32_t* bits);
+  bool begun() const { return layer_ >= 0; }
   // Keeps only the planes up to `bits` (0: nothing).
   void evict(int64_t layer, int64_t expert, int bits);
   // Starts reading planes so that the expert has `bits`; returns at once.
@@ -62,7 +70,7 @@ private:
   };
   struct Group { // the tokens that want one width of one expert
     int32_t expert, bits;
-    int64_t first, count; // rows in the gathered order
+    int64_t first, count; // pairs in order of expert and width: pair_at_ says which, out_ has its output
     bool computed;
   };
 
@@ -72,12 +80,14 @@ private:
   void settle_all_quietly();
   Matrix matrix(const Expert& e, int projection) const;
   void compute_groups(const std::vector<Group*>& groups);
+  void compute_batch(Group* const* groups, size_t count);
 
   Runtime& rt_;
   ExpertShape shape_;
   std::vector<int64_t> offsets_;
   Slots slots_;
   std::vector<Expert> experts_;
+  std::vector<int32_t> widest_; // of each expert of a layer, all 0 between uses
   Reader reader_;
   ExecutorCounters counters_;
   int64_t on_their_way_ = 0;
@@ -85,9 +95,9 @@ private:
   // Between begin and finish:
   int64_t layer_ = -1, tokens_ = 0, top_k_ = 0, mark_ = 0;
   std::vector<Group> groups_;
-  std::vector<int64_t> row_of_pair_;
-  QuantRows in_{}, middle_{};
-  float *gate_ = nullptr, *up_ = nullptr, *out_ = nullptr;
+  std::vector<int64_t> row_of_pair_, pair_at_; // inverse of each other
+  QuantRows in_{};                             // all tokens
+  float* out_ = nullptr;                       // [pairs, hidden]
 };
 
 } // namespace d2moe

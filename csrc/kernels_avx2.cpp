@@ -1,191 +1,8 @@
-// AVX2 with FMA and F16C. A register pair is 16 rows x 4 columns. vpmaddubsw adds pairs in saturating int16, so codes
-// are right-aligned here and at most 7 bits; full 8-bit codes are widened to int16 first. The integers are the same.
-#include "kernels.h"
-
-#include <immintrin.h>
-#include <utility>
+// AVX2 with FMA and F16C: the table and all of it but the nested products. Every operation is the scalar table's, in its order.
+#include "kernels_avx2.h"
 
 namespace d2moe {
 namespace {
-
-constexpr int64_t kChunkBytes = 16 << 10; // unpacked codes kept in L1 between two passes over the tokens
-constexpr int64_t kAheadBytes = 2048;     // software prefetch of the base; hardware prefetchers stop at 4 KiB pages
-constexpr int kFewTokens = 4;             // up to here one block at a time, so that unpacking overlaps the reads
-
-template <int N> struct Index { static constexpr int value = N; };
-template <class F, int... I> inline __attribute__((always_inline)) void each(F&& f, std::integer_sequence<int, I...>) {
-  (f(Index<I>{}), ...);
-}
-template <int N, class F> inline __attribute__((always_inline)) void unrolled(F&& f) {
-  each(f, std::make_integer_sequence<int, N>{});
-}
-
-inline __m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-inline __m256i four(const int8_t* q) { // four activations in every lane
-  int32_t v;
-  __builtin_memcpy(&v, q, 4);
-  return _mm256_set1_epi32(v);
-}
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
-
-// ---- unpacking -------------------------------------------------------------------------------------------------
-
-// Bits `mask` of v after a shift by N to the left (right if negative); bits that cross a byte are masked away.
-template <int N> inline __m256i bits_at(__m256i v, int mask) {
-  if constexpr (N > 0) v = _mm256_slli_epi16(v, N);
-  if constexpr (N < 0) v = _mm256_srli_epi16(v, -N);
-  return _mm256_and_si256(v, _mm256_set1_epi8(char(mask)));
-}
-
-// Codes of `count` units of 32 columns as BITS-bit numbers, register order.
-template <int BITS> void unpack_nested(const Matrix& w, int64_t unit0, int64_t count, uint8_t* out) {
-  constexpr int kPrefetch = kAheadBytes / 128;
-  for (int64_t unit = unit0; unit < unit0 + count; ++unit, out += 512) {
-    prefetch(w.base + (unit + kPrefetch) * 128);
-    prefetch(w.base + (unit + kPrefetch) * 128 + 64);
-    for (int p = 0; p < BITS - kBaseBits; ++p) prefetch(w.planes[p] + (unit + kPrefetch) * 64);
-    for (int side = 0; side < 64; side += 32) { // rows 0-7, rows 8-15
-      const __m256i word[2] = {load(w.base + unit * 128 + side), load(w.base + unit * 128 + 64 + side)};
-      unrolled<8>([&](auto f) {
-        constexpr int F = decltype(f)::value;
-        __m256i code = bits_at<BITS - 2 - 2 * (F % 4)>(word[F / 4], 3 << (BITS - 2));
-        unrolled<BITS - kBaseBits>([&](auto p) {
-          constexpr int P = decltype(p)::value, kPlace = BITS - 3 - P;
-          code = _mm256_or_si256(code, bits_at<kPlace - F>(load(w.planes[P] + unit * 64 + side), 1 << kPlace));
-        });
-        _mm256_store_si256(reinterpret_cast<__m256i*>(out + 64 * F + side), code);
-      });
-    }
-  }
-}
-
-template <int BITS> void unpack_flat(const Matrix& w, int64_t unit0, int64_t count, uint8_t* out) {
-  const uint8_t* flat = w.flat + unit0 * 512;
-  for (int64_t i = 0; i < count * 512; i += 64) {
-    prefetch(flat + i + kAheadBytes);
-    for (int side = 0; side < 64; side += 32)
-      _mm256_store_si256(reinterpret_cast<__m256i*>(out + i + side), bits_at<BITS - 8>(load(flat + i + side), (1 << BITS) - 1));
-  }
-}
-
-template <int BITS> void unpack(const Matrix& w, int64_t unit0, int64_t count, uint8_t* out) {
-  w.flat ? unpack_flat<BITS>(w, unit0, count, out) : unpack_nested<BITS>(w, unit0, count, out);
-}
-
-// ---- products ----------------------------------------------------------------------------------------------------
-
-// Sums of 32 columns for 8 rows; `codes` and `q` advance by 64 and 4 per register.
-template <int BITS> inline __m256i dot_unit(__m256i total, const uint8_t* codes, const int8_t* q) {
-  if constexpr (BITS == 8) {
-    unrolled<8>([&](auto f) {
-      constexpr int F = decltype(f)::value;
-      const __m256i code = load(codes + 64 * F), v = four(q + 4 * F);
-      const __m256i even = _mm256_madd_epi16(_mm256_and_si256(code, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8));
-      const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(code, 8), _mm256_srai_epi16(v, 8));
-      total = _mm256_add_epi32(total, _mm256_add_epi32(even, odd));
-    });
-  } else {
-    // So many pairs of (2^BITS - 1) * 128 fit in int16.
-    constexpr int kDepth = BITS <= 4 ? 8 : BITS == 5 ? 4 : BITS == 6 ? 2 : 1;
-    unrolled<8 / kDepth>([&](auto d) {
-      __m256i pairs = _mm256_setzero_si256();
-      unrolled<kDepth>([&](auto f) {
-        constexpr int F = decltype(d)::value * kDepth + decltype(f)::value;
-        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(load(codes + 64 * F), four(q + 4 * F)));
-      });
-      total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-    });
-  }
-  return total;
-}
-
-// The float part, exactly as at KernelTable::matmul, for 8 rows; the dot is shifted up to the left-aligned code's.
-struct Affine {
-  __m256 s, low;
-  explicit Affine(const uint16_t* p)
-      : s(_mm256_mul_ps(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), _mm256_set1_ps(0x1p-8f))),
-        low(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + kTileRows)))) {}
-
-  __m256 add(__m256 acc, __m256i dot, float half_t, float t, float scale) const {
-    const __m256 inner = _mm256_add_ps(_mm256_mul_ps(s, _mm256_add_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(half_t))),
-                                       _mm256_mul_ps(low, _mm256_set1_ps(t)));
-    return _mm256_add_ps(acc, _mm256_mul_ps(_mm256_set1_ps(scale), inner));
-  }
-};
-
-// A run of groups of one tile, unpacked.
-struct Chunk {
-  const uint8_t* codes;
-  const uint16_t* affine;
-  int64_t group0, count;
-  int group;
-};
-
-// Sums of T tokens and all 16 rows in `acc` [T, 16].
-template <int BITS, int T> void multiply_chunk(const Chunk& c, const Activations& x, int64_t groups, int64_t i0, float* acc) {
-  const int64_t stride = groups * c.group;
-  const float half = float(1 << (8 - BITS)) * 0.5f;
-  for (int64_t g = 0; g < c.count; ++g) {
-    const uint8_t* codes = c.codes + g * c.group * kTileRows;
-    const int8_t* q = x.q + i0 * stride + (c.group0 + g) * c.group;
-    __m256i dot[2][T];
-    for (int i = 0; i < T; ++i) dot[0][i] = dot[1][i] = _mm256_setzero_si256();
-    for (int j = 0; j < c.group; j += 32)
-      for (int i = 0; i < T; ++i)
-        for (int side = 0; side < 2; ++side)
-          dot[side][i] = dot_unit<BITS>(dot[side][i], codes + j * kTileRows + 32 * side, q + i * stride + j);
-    for (int side = 0; side < 2; ++side) {
-      const Affine affine(c.affine + g * 2 * kTileRows + 8 * side);
-      for (int i = 0; i < T; ++i) {
-        const int64_t at = (i0 + i) * groups + c.group0 + g;
-        const float t = float(x.sum[at]);
-        float* a = acc + i * kTileRows + 8 * side;
-        _mm256_storeu_ps(a, affine.add(_mm256_loadu_ps(a), _mm256_slli_epi32(dot[side][i], 8 - BITS), half * t, t, x.scale[at]));
-      }
-    }
-  }
-}
-
-template <int BITS>
-void multiply(const Matrix& w, const Activations& x, int64_t tile0, int64_t tile1, float* y, int64_t ldy) {
-  alignas(64) uint8_t codes[kChunkBytes];
-  const bool few = x.m <= kFewTokens;
-  const int group = w.shape.group, units = group / 32;
-  const int64_t groups = w.shape.groups(), most = few ? 1 : kChunkBytes / (kTileRows * group);
-  for (int64_t tile = tile0; tile < tile1; ++tile) {
-    float* out = y + tile * kTileRows;
-    const int64_t rows = least(w.shape.rows - tile * kTileRows, kTileRows);
-    alignas(32) float acc[kFewTokens * kTileRows] = {}; // stays here while there are few tokens, else goes by way of y
-    for (int64_t g = 0; g < groups; g += most) {
-      const int64_t block = tile * groups + g;
-      const Chunk c{codes, w.affine + block * 2 * kTileRows, g, least(most, groups - g), group};
-      unpack<BITS>(w, block * units, c.count * units, codes);
-      for (int64_t i = 0; i < x.m;) {
-        const int64_t n = x.m - i >= 4 ? 4 : x.m - i >= 2 ? 2 : 1;
-        float* a = acc + (few ? i * kTileRows : 0);
-        for (int64_t k = 0; !few && k < n; ++k)
-          for (int64_t r = 0; r < rows; ++r) a[k * kTileRows + r] = g ? out[(i + k) * ldy + r] : 0.0f;
-        if (n == 4) multiply_chunk<BITS, 4>(c, x, groups, i, a);
-        else if (n == 2) multiply_chunk<BITS, 2>(c, x, groups, i, a);
-        else multiply_chunk<BITS, 1>(c, x, groups, i, a);
-        for (int64_t k = 0; (!few || g + 1 == groups) && k < n; ++k)
-          for (int64_t r = 0; r < rows; ++r) out[(i + k) * ldy + r] = a[k * kTileRows + r];
-        i += n;
-      }
-    }
-  }
-}
-
-void matmul(const Matrix& w, int bits, const Activations& x, int64_t tile0, int64_t tile1, float* y, int64_t ldy) {
-  constexpr void (*by_width[])(const Matrix&, const Activations&, int64_t, int64_t, float*, int64_t) = {
-      multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>, multiply<7>, multiply<8>};
-  by_width[bits - kBaseBits](w, x, tile0, tile1, y, ldy);
-}
-
-// ---- the other slots -----------------------------------------------------------------------------------------------
-
-inline __m256 halves(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
 inline float add_lanes(__m256 v) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -231,48 +48,23 @@ void quantize(const float* x, int64_t cols, int group, int8_t* q, float* scale, 
   }
 }
 
-// sum of a(i) * b[i] in 32 lanes, multiply and add apart, lanes half to half: as in the scalar table. a_tail and b_tail
-// hold what is left after whole 32s, padded with zeros.
-template <class A> inline float dot(int64_t whole, const float* b, A&& a, const __m256* a_tail, const float* b_tail) {
+// In 32 lanes, multiply and add apart, lanes half to half.
+float dot_f32(const float* a, const float* b, int64_t n) {
   __m256 acc[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
-  for (int64_t i = 0; i < whole; i += 32)
-    for (int l = 0; l < 4; ++l) acc[l] = _mm256_add_ps(acc[l], _mm256_mul_ps(a(i + 8 * l), _mm256_loadu_ps(b + i + 8 * l)));
-  for (int l = 0; a_tail && l < 4; ++l) acc[l] = _mm256_add_ps(acc[l], _mm256_mul_ps(a_tail[l], _mm256_load_ps(b_tail + 8 * l)));
+  const auto add = [&](const float* x, const float* y) INLINE {
+    for (int l = 0; l < 4; ++l) acc[l] = _mm256_add_ps(acc[l], _mm256_mul_ps(_mm256_loadu_ps(x + 8 * l), _mm256_loadu_ps(y + 8 * l)));
+  };
+  const int64_t whole = n & -32;
+  for (int64_t i = 0; i < whole; i += 32) add(a + i, b + i);
+  if (whole < n) {
+    alignas(32) float x[32] = {}, y[32] = {};
+    for (int64_t i = whole; i < n; ++i) x[i - whole] = a[i], y[i - whole] = b[i];
+    add(x, y);
+  }
   return add_lanes(_mm256_add_ps(_mm256_add_ps(acc[0], acc[2]), _mm256_add_ps(acc[1], acc[3])));
 }
 
-float dot_f32(const float* a, const float* b, int64_t n) {
-  const int64_t whole = n & -32;
-  const auto load = [&](int64_t i) { return _mm256_loadu_ps(a + i); };
-  if (whole == n) return dot(whole, b, load, nullptr, nullptr);
-  alignas(32) float at[32] = {}, bt[32] = {};
-  for (int64_t i = whole; i < n; ++i) at[i - whole] = a[i], bt[i - whole] = b[i];
-  const __m256 tail[4] = {_mm256_load_ps(at), _mm256_load_ps(at + 8), _mm256_load_ps(at + 16), _mm256_load_ps(at + 24)};
-  return dot(whole, b, load, tail, bt);
-}
-
-float dot_f16(const uint16_t* a, const float* b, int64_t n) {
-  const int64_t whole = n & -32;
-  const auto load = [&](int64_t i) { return halves(a + i); };
-  if (whole == n) return dot(whole, b, load, nullptr, nullptr);
-  alignas(32) uint16_t at[32] = {};
-  alignas(32) float bt[32] = {};
-  for (int64_t i = whole; i < n; ++i) at[i - whole] = a[i], bt[i - whole] = b[i];
-  const __m256 tail[4] = {halves(at), halves(at + 8), halves(at + 16), halves(at + 24)};
-  return dot(whole, b, load, tail, bt);
-}
-
 float sum_squares(const float* x, int64_t n) { return dot_f32(x, x, n); }
-
-void axpy_f16(float alpha, const uint16_t* x, float* y, int64_t n) {
-  const __m256 a = _mm256_set1_ps(alpha);
-  const int64_t whole = n & -8;
-  for (int64_t i = 0; i < whole; i += 8) _mm256_storeu_ps(y + i, _mm256_add_ps(_mm256_loadu_ps(y + i), _mm256_mul_ps(a, halves(x + i))));
-  const Tail<uint16_t> xt(x + whole, n - whole);
-  Tail<float> yt(y + whole, n - whole);
-  _mm256_store_ps(yt.v, _mm256_add_ps(_mm256_load_ps(yt.v), _mm256_mul_ps(a, halves(xt.v))));
-  yt.put(y + whole, n - whole);
-}
 
 inline __m256 power_of_two(__m256i n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23)); }
 
@@ -340,6 +132,8 @@ void to_f32(const uint16_t* x, float* y, int64_t n) {
   yt.put(y + whole, n - whole);
 }
 
+constexpr int64_t kAheadBytes = 2048; // software prefetch; hardware prefetchers stop at 4 KiB pages
+
 uint64_t read_bytes(const uint8_t* p, int64_t n) {
   __m256i acc[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
   int64_t i = 0;
@@ -354,9 +148,166 @@ uint64_t read_bytes(const uint8_t* p, int64_t n) {
   return lane[0] ^ lane[1] ^ lane[2] ^ lane[3];
 }
 
+// ---- attention ---------------------------------------------------------------------------------------------------
+
+constexpr int64_t kValueRows = 64; // values that meet all queries before the next ones are read
+
+// take(Index<T>, i) for queries i..i+T-1 of n, T at most 4: more accumulators than that do not fit the registers.
+template <class F> inline INLINE void by_queries(int64_t n, F&& take) {
+  int64_t i = 0;
+  for (; n - i >= 4; i += 4) take(Index<4>{}, i);
+  if (n - i == 3) take(Index<3>{}, i);
+  if (n - i == 2) take(Index<2>{}, i);
+  if (n - i == 1) take(Index<1>{}, i);
+}
+
+// U tiles of keys and T queries at a time, so that enough sums are in flight.
+template <int T, int U> inline void score_halves(const uint16_t* keys, int64_t head_dim, ConstRows q, Rows scores) {
+  __m256 acc[T * U * 2];
+  unrolled<T * U * 2>([&](auto k) INLINE { acc[k.value] = _mm256_setzero_ps(); });
+  for (int64_t d = 0; d < head_dim; ++d) {
+    __m256 key[U * 2];
+    unrolled<U * 2>([&](auto k) INLINE { key[k.value] = halves(keys + (k.value / 2 * head_dim + d) * kKeyTile + k.value % 2 * 8); });
+    unrolled<T>([&](auto i) INLINE {
+      constexpr int I = decltype(i)::value;
+      const __m256 v = _mm256_set1_ps(q.data[I * q.stride + d]);
+      unrolled<U * 2>([&](auto k) INLINE {
+        constexpr int A = I * U * 2 + decltype(k)::value;
+        acc[A] = _mm256_add_ps(acc[A], _mm256_mul_ps(v, key[k.value]));
+      });
+    });
+  }
+  unrolled<T * U * 2>([&](auto k) INLINE {
+    constexpr int I = decltype(k)::value / (U * 2), K = decltype(k)::value % (U * 2);
+    _mm256_storeu_ps(scores.data + I * scores.stride + 8 * K, acc[k.value]);
+  });
+}
+
+void scores_f16(const uint16_t* keys, int64_t tiles, int64_t head_dim, ConstRows q, int64_t n, Rows scores) {
+  for (int64_t t = 0; t < tiles;) {
+    const int64_t two = tiles - t >= 2 ? 2 : 1;
+    by_queries(n, [&](auto queries, int64_t i) {
+      constexpr int T = decltype(queries)::value;
+      const ConstRows from{q.data + i * q.stride, q.stride};
+      for (int64_t u = 0; u < two;) {
+        const Rows to{scores.data + i * scores.stride + (t + u) * kKeyTile, scores.stride};
+        const uint16_t* tile = keys + (t + u) * head_dim * kKeyTile;
+        if (T <= 2 && two == 2) score_halves<T, T <= 2 ? 2 : 1>(tile, head_dim, from, to), u += 2;
+        else score_halves<T, 1>(tile, head_dim, from, to), ++u;
+      }
+    });
+    t += two;
+  }
+}
+
+// Codes are split into nibbles: with 16 * upper + lower no sum of 32 columns saturates. `total` is the query's own sum,
+// times 128 too much in the products.
+template <int T> inline void score_codes(const uint8_t* keys, const float* key_scale, int64_t head_dim, const int8_t* q,
+                                         int64_t q_stride, const int32_t* total, Rows scores) {
+  const __m256i low_mask = _mm256_set1_epi8(15);
+  for (int side = 0; side < 2; ++side) {
+    __m256i dot[T], top[T], low[T];
+    unrolled<T>([&](auto i) INLINE { dot[i.value] = _mm256_set1_epi32(-128 * total[i.value]); });
+    const auto add = [&](int64_t d) INLINE {
+      const __m256i key = load(keys + d * kKeyTile + 32 * side);
+      const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(key, 4), low_mask), lower = _mm256_and_si256(key, low_mask);
+      unrolled<T>([&](auto i) INLINE {
+        constexpr int I = decltype(i)::value;
+        const __m256i v = four(q + I * q_stride + d);
+        add16(top[I], _mm256_maddubs_epi16(upper, v));
+        add16(low[I], _mm256_maddubs_epi16(lower, v));
+      });
+    };
+    for (int64_t d = 0; d < head_dim; d += 32) {
+      unrolled<T>([&](auto i) INLINE { top[i.value] = low[i.value] = _mm256_setzero_si256(); });
+      if (d + 32 <= head_dim) unrolled<8>([&](auto f) INLINE { add(d + 4 * f.value); });
+      else for (int64_t e = d; e < head_dim; e += 4) add(e);
+      unrolled<T>([&](auto i) INLINE {
+        constexpr int I = decltype(i)::value;
+        dot[I] = _mm256_add_epi32(dot[I], _mm256_madd_epi16(top[I], _mm256_set1_epi16(16)));
+        dot[I] = _mm256_add_epi32(dot[I], _mm256_madd_epi16(low[I], _mm256_set1_epi16(1)));
+      });
+    }
+    const __m256 scale = _mm256_loadu_ps(key_scale + 8 * side);
+    unrolled<T>([&](auto i) INLINE {
+      _mm256_storeu_ps(scores.data + i.value * scores.stride + 8 * side, _mm256_mul_ps(_mm256_cvtepi32_ps(dot[i.value]), scale));
+    });
+  }
+}
+
+void scores_q8(const uint8_t* keys, const float* key_scale, int64_t tiles, int64_t head_dim, const int8_t* q,
+               int64_t q_stride, int64_t n, Rows scores) {
+  int32_t total[kQueries] = {};
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t d = 0; d < head_dim; ++d) total[i] += q[i * q_stride + d];
+  for (int64_t t = 0; t < tiles; ++t)
+    by_queries(n, [&](auto queries, int64_t i) {
+      score_codes<decltype(queries)::value>(keys + t * head_dim * kKeyTile, key_scale + t * kKeyTile, head_dim, q + i * q_stride, q_stride,
+                                            total + i, {scores.data + i * scores.stride + t * kKeyTile, scores.stride});
+    });
+}
+
+inline __m256 floats(const uint16_t* p) { return halves(p); }
+inline __m256 floats(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline float one_float(const uint16_t* p) { return _cvtsh_ss(*p); }
+inline float one_float(const int8_t* p) { return float(*p); }
+
+// Adds `count` values to R registers of the sums of T queries. `ahead`: the distance of what is prefetched.
+template <int T, int R, class V>
+inline void mix_registers(const V* values, int64_t count, int64_t head_dim, const float (*p)[kValueRows], Rows out, int64_t ahead) {
+  __m256 acc[T * R];
+  unrolled<T * R>([&](auto k) INLINE { acc[k.value] = _mm256_loadu_ps(out.data + k.value / R * out.stride + k.value % R * 8); });
+  for (int64_t j = 0; j < count; ++j, values += head_dim) {
+    prefetch(reinterpret_cast<const uint8_t*>(values + ahead));
+    __m256 v[R];
+    unrolled<R>([&](auto r) INLINE { v[r.value] = floats(values + 8 * r.value); });
+    unrolled<T>([&](auto i) INLINE {
+      const __m256 weight = _mm256_set1_ps(p[i.value][j]);
+      unrolled<R>([&](auto r) INLINE {
+        constexpr int A = decltype(i)::value * R + decltype(r)::value;
+        acc[A] = _mm256_add_ps(acc[A], _mm256_mul_ps(weight, v[r.value]));
+      });
+    });
+  }
+  unrolled<T * R>([&](auto k) INLINE { _mm256_storeu_ps(out.data + k.value / R * out.stride + k.value % R * 8, acc[k.value]); });
+}
+
+// weights(i, j0, count, to) writes p[i][j0..j0+count), with the values' scales.
+template <class V, class W> inline void mix(const V* values, int64_t count, int64_t head_dim, int64_t n, Rows out, W&& weights) {
+  alignas(32) float p[kQueries][kValueRows];
+  for (int64_t j0 = 0; j0 < count; j0 += kValueRows, values += kValueRows * head_dim) {
+    const int64_t rows = least(kValueRows, count - j0);
+    for (int64_t i = 0; i < n; ++i) weights(i, j0, rows, p[i]);
+    by_queries(n, [&](auto queries, int64_t i) {
+      constexpr int T = decltype(queries)::value, R = T == 1 ? 8 : T == 2 ? 4 : 2;
+      const auto at = [&](int64_t d) { return Rows{out.data + i * out.stride + d, out.stride}; };
+      int64_t d = 0;
+      for (; d + 8 * R <= head_dim; d += 8 * R) mix_registers<T, R>(values + d, rows, head_dim, p + i, at(d), kValueRows * head_dim);
+      for (; d + 8 <= head_dim; d += 8) mix_registers<T, 1>(values + d, rows, head_dim, p + i, at(d), kValueRows * head_dim);
+      for (; d < head_dim; ++d)
+        for (int k = 0; k < T; ++k)
+          for (int64_t j = 0; j < rows; ++j) at(d).data[k * out.stride] += p[i + k][j] * one_float(values + j * head_dim + d);
+    });
+  }
+}
+
+void mix_f16(const uint16_t* values, int64_t count, int64_t head_dim, ConstRows p, int64_t n, Rows out) {
+  mix(values, count, head_dim, n, out, [&](int64_t i, int64_t j0, int64_t rows, float* to) {
+    for (int64_t j = 0; j < rows; ++j) to[j] = p.data[i * p.stride + j0 + j];
+  });
+}
+
+void mix_q8(const int8_t* values, const float* value_scale, int64_t count, int64_t head_dim, ConstRows p, int64_t n, Rows out) {
+  mix(values, count, head_dim, n, out, [&](int64_t i, int64_t j0, int64_t rows, float* to) {
+    for (int64_t j = 0; j < rows; ++j) to[j] = p.data[i * p.stride + j0 + j] * value_scale[j0 + j];
+  });
+}
+
 } // namespace
 
-const KernelTable kAvx2Table = {"avx2",      quantize, matmul,   dot_f32, dot_f16, axpy_f16,
-                                sum_squares, exp_sum,  silu_mul, to_f16,  to_f32,  read_bytes};
+const KernelTable kAvx2Table = {"avx2",  quantize, avx2::matmul, avx2::variant, dot_f32,  scores_f16, scores_q8, mix_f16,
+                                mix_q8,  sum_squares, exp_sum, silu_mul, to_f16,     to_f32,    read_bytes};
 
 } // namespace d2moe

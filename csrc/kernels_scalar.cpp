@@ -66,11 +66,6 @@ void quantize(const float* x, int64_t cols, int group, int8_t* q, float* scale, 
 // Codes of one block in register order, the first `bits` bits of each.
 void unpack_block(const Matrix& w, int bits, int64_t block, uint8_t* out) {
   const int64_t n = int64_t(kTileRows) * w.shape.group;
-  if (w.flat) {
-    const uint8_t mask = uint8_t(0xFF00 >> bits);
-    for (int64_t i = 0; i < n; ++i) out[i] = w.flat[block * n + i] & mask;
-    return;
-  }
   const uint8_t* base = w.base + block * n / 4;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t reg = i / 64, byte = i % 64;
@@ -80,7 +75,7 @@ void unpack_block(const Matrix& w, int bits, int64_t block, uint8_t* out) {
     const uint8_t* plane = w.planes[p] + block * n / 8;
     for (int64_t i = 0; i < n; ++i) {
       const int64_t reg = i / 64, byte = i % 64;
-      out[i] |= uint8_t((plane[reg / 8 * 64 + byte] >> (reg % 8) & 1) << (5 - p));
+      out[i] |= uint8_t((plane[reg / 8 * 64 + byte] >> kPlaneBit[reg % 8] & 1) << (5 - p));
     }
   }
 }
@@ -98,23 +93,26 @@ void matmul(const Matrix& w, int bits, const Activations& x, int64_t tile0, int6
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t block = tile * groups + g;
       unpack_block(w, bits, block, codes);
-      const uint16_t* affine = w.affine + block * 2 * kTileRows;
+      const uint8_t *step = w.affine + block * 2 * kTileRows, *zero = step + kTileRows;
       for (int64_t i = 0; i < x.m; ++i) {
         const int8_t* q = x.q + i * stride + g * group;
-        const float t = float(x.sum[i * groups + g]), scale = x.scale[i * groups + g];
+        const float sum = float(x.sum[i * groups + g]), scale = x.scale[i * groups + g];
         for (int64_t r = 0; r < rows; ++r) {
           int32_t dot = 0;
           for (int j = 0; j < group / 4; ++j)
             for (int c = 0; c < 4; ++c) dot += int32_t(codes[j * 64 + 4 * r + c]) * q[4 * j + c];
-          const float s = half_to_float(affine[r]) * 0x1p-8f, low = half_to_float(affine[kTileRows + r]);
-          const float inner = s * (float(dot) + half * t) + low * t;
+          const float n = float(dot) + (half - float(zero[r])) * sum;
           float& acc = y[i * ldy + row0 + r];
-          acc = acc + scale * inner;
+          acc = acc + (scale * n) * float(step[r]);
         }
       }
     }
+    for (int64_t i = 0; i < x.m; ++i)
+      for (int64_t r = 0; r < rows; ++r) y[i * ldy + row0 + r] *= w.row_scale[row0 + r];
   }
 }
+
+const char* variant(int, int64_t) { return "plain loops"; }
 
 // Sums run in `lanes` interleaved lanes, missing elements count as zero, and lanes are added half to half: the order that
 // 256- and 512-bit registers can follow exactly.
@@ -131,15 +129,41 @@ float dot_f32(const float* a, const float* b, int64_t n) {
   return add_lanes(lane, 32);
 }
 
-float dot_f16(const uint16_t* a, const float* b, int64_t n) {
-  float lane[32] = {};
-  for (int64_t i = 0; i < n; i += 32)
-    for (int l = 0; l < 32; ++l) lane[l] += i + l < n ? half_to_float(a[i + l]) * b[i + l] : 0.0f;
-  return add_lanes(lane, 32);
+void scores_f16(const uint16_t* keys, int64_t tiles, int64_t head_dim, ConstRows q, int64_t n, Rows scores) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < tiles * kKeyTile; ++j) {
+      float acc = 0.0f;
+      for (int64_t d = 0; d < head_dim; ++d)
+        acc += q.data[i * q.stride + d] * half_to_float(keys[(j / kKeyTile * head_dim + d) * kKeyTile + j % kKeyTile]);
+      scores.data[i * scores.stride + j] = acc;
+    }
 }
 
-void axpy_f16(float alpha, const uint16_t* x, float* y, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) y[i] += alpha * half_to_float(x[i]);
+void scores_q8(const uint8_t* keys, const float* key_scale, int64_t tiles, int64_t head_dim, const int8_t* q,
+               int64_t q_stride, int64_t n, Rows scores) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < tiles * kKeyTile; ++j) {
+      const uint8_t* key = keys + j / kKeyTile * head_dim * kKeyTile + j % kKeyTile * 4;
+      int32_t dot = 0;
+      for (int64_t d = 0; d < head_dim; ++d) dot += (int32_t(key[d / 4 * 64 + d % 4]) - 128) * q[i * q_stride + d];
+      scores.data[i * scores.stride + j] = float(dot) * key_scale[j];
+    }
+}
+
+void mix_f16(const uint16_t* values, int64_t count, int64_t head_dim, ConstRows p, int64_t n, Rows out) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < count; ++j)
+      for (int64_t d = 0; d < head_dim; ++d)
+        out.data[i * out.stride + d] += p.data[i * p.stride + j] * half_to_float(values[j * head_dim + d]);
+}
+
+void mix_q8(const int8_t* values, const float* value_scale, int64_t count, int64_t head_dim, ConstRows p, int64_t n,
+            Rows out) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < count; ++j) {
+      const float weight = p.data[i * p.stride + j] * value_scale[j];
+      for (int64_t d = 0; d < head_dim; ++d) out.data[i * out.stride + d] += weight * float(values[j * head_dim + d]);
+    }
 }
 
 float sum_squares(const float* x, int64_t n) { return dot_f32(x, x, n); }
@@ -196,7 +220,7 @@ uint64_t read_bytes(const uint8_t* p, int64_t n) {
 
 } // namespace
 
-const KernelTable kScalarTable = {"scalar", quantize,    matmul,  dot_f32,  dot_f16, axpy_f16,
-                                  sum_squares, exp_sum, silu_mul, to_f16,  to_f32,   read_bytes};
+const KernelTable kScalarTable = {"scalar", quantize, matmul,      variant, dot_f32,  scores_f16, scores_q8, mix_f16,
+                                  mix_q8,   sum_squares, exp_sum, silu_mul, to_f16,     to_f32,    read_bytes};
 
 } // namespace d2moe

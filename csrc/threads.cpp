@@ -51,7 +51,7 @@ void Pool::run(int64_t n, int64_t grain, Body body, void* context) {
   body_ = body;
   context_ = context;
   n_ = n;
-  const int64_t even = (n + size() * 4 - 1) / (size() * 4); // four pieces a thread: the machine may be shared
+  const int64_t even = (n + size() * 12 - 1) / (size() * 12); // pieces small enough that nobody waits long for the last one
   piece_ = even > grain ? even : grain;
   next_.store(0, std::memory_order_relaxed);
   busy_.store(int(workers_.size()), std::memory_order_relaxed);

@@ -45,13 +45,16 @@ def test_budget_threads_and_cuts_do_not_show(tokens, bits):
         {"direct": False},
     ):
         assert np.array_equal(logits(tokens, bits, **options), expected), options
+    assert not np.array_equal(logits(tokens, bits, dense_bits=4), expected), "the width of the dense weights must show"
     cuts = np.sort(np.random.default_rng().choice(np.arange(1, 150), 6, replace=False))
     assert np.array_equal(logits(tokens, bits, cuts), expected), cuts
 
 
-def test_company_does_not_show(tokens):
-    alone = {bits: logits(tokens[:40], bits) for bits in (2, 3, 8)}
-    with Engine.load(MODEL, EngineConfig(context=256, max_sequences=3, expert_memory_bytes=900_000)) as engine:
+@pytest.mark.parametrize("kv", ["f16", "q8"])
+def test_company_does_not_show(tokens, kv):
+    alone = {bits: logits(tokens[:40], bits, kv=kv) for bits in (2, 3, 8)}
+    options = EngineConfig(context=256, max_sequences=3, expert_memory_bytes=900_000, kv=kv)
+    with Engine.load(MODEL, options) as engine:
         sequences = {bits: engine.new_sequence() for bits in alone}
         rows = engine.step([Chunk(s, tokens[:39], bits, "last") for bits, s in sequences.items()])
         for row, bits in zip(rows, sequences, strict=True):
@@ -62,9 +65,19 @@ def test_company_does_not_show(tokens):
 
 
 def test_kernel_tables_give_the_same_logits(tokens):
-    expected = logits(tokens[:60], 3, kernels="scalar")
-    for table in native.tables():
-        assert np.array_equal(logits(tokens[:60], 3, kernels=table), expected), table
+    for options in ({}, {"kv": "q8", "dense_bits": 5}):
+        expected = logits(tokens[:60], 3, kernels="scalar", **options)
+        for table in native.tables():
+            assert np.array_equal(logits(tokens[:60], 3, kernels=table, **options), expected), (table, options)
+
+
+def test_keys_and_values_in_bytes_are_close(tokens):
+    """One byte instead of two for keys and values: logits move by a few percent at most, and do move."""
+    expected, found = logits(tokens, 8), logits(tokens, 8, kv="q8")
+    error = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert 0 < np.median(error) < 0.02, np.median(error)
+    cuts = np.sort(np.random.default_rng().choice(np.arange(1, 150), 6, replace=False))
+    assert np.array_equal(logits(tokens, 8, cuts, kv="q8", threads=1), found), cuts
 
 
 def test_hits_and_bytes_are_counted(tokens):
@@ -88,8 +101,8 @@ def test_interrupted_step_leaves_the_engine_as_before(tokens, monkeypatch):
     rng = np.random.default_rng()
     with Engine.load(MODEL, EngineConfig(context=256, expert_memory_bytes=900_000)) as engine:
         sequence = engine.new_sequence()
-        for where in ("start", "finish"):
-            real, layers_left = getattr(engine._streamer, where), list(range(int(rng.integers(1, 5))))
+        for owner, where in ((engine.decoder, "run"), (engine.decoder, "compute"), (engine._streamer, "_send")):
+            real, layers_left = getattr(owner, where), list(range(int(rng.integers(1, 5))))
 
             def stop(*args, real=real, layers_left=layers_left):
                 layers_left.pop()
@@ -98,7 +111,7 @@ def test_interrupted_step_leaves_the_engine_as_before(tokens, monkeypatch):
                 return real(*args)
 
             with monkeypatch.context() as patch:
-                patch.setattr(engine._streamer, where, stop)
+                patch.setattr(owner, where, stop)
                 with pytest.raises(KeyboardInterrupt):
                     engine.step([Chunk(sequence, tokens, 4)])
             assert sequence.length == 0
@@ -153,7 +166,7 @@ def test_failed_read_is_one_clear_error_and_the_engine_lives_on(tokens, tmp_path
     assert np.array_equal(found, logits(tokens, 4))
 
 
-@pytest.mark.parametrize("table", ["scalar", "avx2", "avx512", "sse9"])
+@pytest.mark.parametrize("table", ["scalar", "avx2", "avx512", "neon", "sse9"])
 def test_environment_forces_a_table(table):
     code = "import d2moe; print(d2moe.load().engine.describe()['kernels'])"
     out = subprocess.run(

@@ -16,15 +16,19 @@ from typing import Any
 import click
 import numpy as np
 import pytest
+from test_container import make
 from test_generate import ToyEngine, bytes_backend
 
 import d2moe.cli as cli
 from d2moe.cli import progress, shared
 from d2moe.cli.progress import Bar
+from d2moe.container import Container
 from d2moe.errors import ContainerError
 from d2moe.evaluate.bench import bench, prompt_of, storage_bandwidth, tier
+from d2moe.runtime.config import show_bytes
 from d2moe.runtime.generate import Model
 from d2moe.runtime.tokenizer import Tokenizer
+from d2moe.types import WIDTHS
 
 Run = Callable[..., tuple[int, str, str]]
 SRC = Path(__file__).parents[2] / "src"
@@ -136,6 +140,19 @@ def test_an_error_is_one_sentence_on_stderr_and_exits_1(arguments: list[str], me
         return  # a click that wants a regular file
     assert (code, out) == (1, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_inspect_shows_the_bytes_of_each_width_for_experts_and_dense_weights(tmp_path: Path, run: Run) -> None:
+    container = Container.open(make(tmp_path / "tiny.d2moe"))
+    code, out, err = run("inspect", str(container.path))
+    assert (code, err) == (0, "") and "dense weights" in out
+    for bits in WIDTHS:
+        (row,) = (line.split() for line in out.splitlines() if line.split()[:1] == [str(bits)])
+        assert " ".join(row[2:4]) == show_bytes(container.record.prefix_bytes(bits))
+        assert " ".join(row[-2:]) == show_bytes(container.dense_bytes(bits))
+    widths = json.loads(run("inspect", str(container.path), "--json")[1])["widths"]
+    assert [w["dense_bytes"] for w in widths] == [container.dense_bytes(bits) for bits in WIDTHS]
+    assert "embed.plane8" in run("inspect", str(container.path), "--tensors")[1]
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path: Path, run: Run) -> None:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from d2moe import planes
 from d2moe.container import PROJECTIONS, SEGMENTS, Container, ContainerWriter, NestedMatrix, RecordLayout, pack_record
-from d2moe.container.layout import expert_file, expert_tensor
+from d2moe.container.layout import ARRAYS, expert_file, expert_tensor
 from d2moe.container.manifest import dump_manifest, parse_manifest, seal_of
 from d2moe.container.safetensors_header import build_header
 from d2moe.errors import ConfigError, ContainerError, D2MoeError, StorageError
@@ -25,8 +25,10 @@ from d2moe.types import WIDTHS
 GROUP, LAYERS, EXPERTS = 32, (0, 2), 3
 RECORD = RecordLayout(hidden=64, inner=48, group=GROUP)
 SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
-    "embed.codes": ("U8", (6, 2, 8, 64)),
-    "embed.affine": ("F16", (6, 2, 2, 16)),
+    "embed.rows": ("F32", (6, 16)),
+    "embed.affine": ("U8", (6, 2, 2, 16)),
+    "embed.base": ("U8", (6, 2, 2, 64)),
+    **{f"embed.plane{bit}": ("U8", (6, 2, 1, 64)) for bit in range(3, 9)},
     "final_norm": ("F32", (64,)),
     "layers.0.router": ("F32", (EXPERTS, 64)),
     "layers.2.router": ("F32", (EXPERTS, 64)),
@@ -58,22 +60,32 @@ def dense_tensor(name: str) -> npt.NDArray[Any]:
     )
 
 
-def expert_codes(layer: int, expert: int, projection: str) -> tuple[planes.U8, planes.F16]:
+def expert_codes(layer: int, expert: int, projection: str) -> tuple[planes.U8, planes.U8, planes.F32]:
     """Random codes and scales in the order of `planes.quantize`."""
-    rng = np.random.default_rng([layer, expert, PROJECTIONS.index(projection)])
     m = RECORD.matrix(projection)
-    affine = rng.normal(size=(m.tiles * 16, m.groups, 2)).astype(np.float16)
-    return rng.integers(0, 256, (m.tiles * 16, m.groups * GROUP)).astype(np.uint8), affine
+    return random_codes([layer, expert, PROJECTIONS.index(projection)], m.tiles * 16, m.groups)
 
 
-def nested(layer: int, expert: int) -> dict[str, NestedMatrix]:
-    out = {}
-    for projection in PROJECTIONS:
-        codes, affine = expert_codes(layer, expert, projection)
-        order = planes.tile(codes, GROUP)
-        further = [planes.pack_plane(order, bit) for bit in range(3, 9)]
-        out[projection] = NestedMatrix(planes.tile_affine(affine), planes.pack_base(order), further)
-    return out
+def random_codes(seed: list[int], rows: int, groups: int) -> tuple[planes.U8, planes.U8, planes.F32]:
+    rng = np.random.default_rng(seed)
+    affine = rng.integers(0, 256, (rows, groups, 2)).astype(np.uint8)
+    scale = rng.random(rows, np.float32)
+    return rng.integers(0, 256, (rows, groups * GROUP)).astype(np.uint8), affine, scale
+
+
+def packed(codes: planes.U8, affine: planes.U8, scale: planes.F32, bits: int = 8) -> NestedMatrix:
+    order = planes.tile(codes, GROUP)
+    further = [planes.pack_plane(order, bit) for bit in range(3, bits + 1)]
+    return NestedMatrix(scale.reshape(-1, 16), planes.tile_affine(affine), planes.pack_base(order), further)
+
+
+def unpacked(matrix: NestedMatrix) -> tuple[planes.U8, planes.U8, planes.F32]:
+    codes = planes.untile(planes.unpack(matrix.base, matrix.planes))
+    return codes, planes.untile_affine(matrix.affine), matrix.row_scale.reshape(-1)
+
+
+def nested(layer: int, expert: int, bits: int = 8) -> dict[str, NestedMatrix]:
+    return {projection: packed(*expert_codes(layer, expert, projection), bits) for projection in PROJECTIONS}
 
 
 def fill(writer: ContainerWriter) -> None:
@@ -116,17 +128,25 @@ def test_what_was_written_is_read_back(sample: Path) -> None:
         found = container.read_dense(name)
         assert found.ctypes.data % 64 == 0 and found.flags.writeable
         assert found.dtype == dense_tensor(name).dtype and np.array_equal(found, dense_tensor(name))
-    codes, affine = container.read_linear("embed")
-    assert codes.shape == (6, 2, 8, 64) and affine.dtype == np.float16
     for layer in LAYERS:
         for expert in range(EXPERTS):
             for bits in WIDTHS:
                 for projection, matrix in container.read_expert(layer, expert, bits).items():
-                    expected, scales = expert_codes(layer, expert, projection)
-                    found = planes.untile(planes.unpack(matrix.base, matrix.planes))
+                    expected, affine, scale = expert_codes(layer, expert, projection)
+                    codes, *scales = unpacked(matrix)
                     assert matrix.bits == bits
-                    assert np.array_equal(found, planes.prefix(expected, bits))
-                    assert np.array_equal(planes.untile_affine(matrix.affine), scales)
+                    assert np.array_equal(codes, planes.prefix(expected, bits))
+                    assert np.array_equal(scales[0], affine) and np.array_equal(scales[1], scale)
+
+
+def test_the_base_segment_is_codes_then_row_scales_then_affine(sample: Path) -> None:
+    """The order that the compiled executor takes for granted, spelled out: no gaps, gate, up, down in each."""
+    record = Container.open(sample).read_record(2, 1, 2).tobytes()
+    parts = nested(2, 1)
+    expected = b"".join(parts[p].base.tobytes() for p in PROJECTIONS)
+    expected += b"".join(parts[p].row_scale.tobytes() for p in PROJECTIONS)
+    expected += b"".join(parts[p].affine.tobytes() for p in PROJECTIONS)
+    assert record == expected.ljust(4096, b"\0")
 
 
 def test_records_are_aligned_prefixes(sample: Path) -> None:
@@ -169,12 +189,12 @@ def test_the_same_input_gives_the_same_bytes(sample: Path, tmp_path: Path) -> No
 
 def test_large_tensors_come_in_pieces(sample: Path, tmp_path: Path) -> None:
     with ContainerWriter(tmp_path / "pieces.d2moe", **FACTS) as writer:
-        codes, affine = dense_tensor("embed.codes"), dense_tensor("embed.affine")
-        writer.add_dense("embed.codes", codes[:4])
-        for first in (0, 2, 4):  # from the start again, and two tensors in turn
-            writer.add_dense("embed.codes", codes[first : first + 2], first)
-            assert writer.is_dense_done("embed.codes") == (first == 4)
-            writer.add_dense("embed.affine", affine[first : first + 2], first)
+        whole = NestedMatrix.of({kind: dense_tensor(f"embed.{kind}") for kind in ARRAYS})
+        writer.add_dense("embed.base", whole.base[:4])
+        for first in (0, 2, 4):  # from the start again, and nine tensors in turn
+            piece = NestedMatrix.of({kind: array[first : first + 2] for kind, array in whole.arrays.items()})
+            writer.add_nested("embed", piece, first)
+            assert writer.is_dense_done("embed.base") == writer.is_nested_done("embed") == (first == 4)
         with pytest.raises(ContainerError, match="out of order"):
             writer.add_dense("final_norm", dense_tensor("final_norm")[8:], 8)
         fill(writer)
@@ -192,8 +212,10 @@ def test_large_tensors_come_in_pieces(sample: Path, tmp_path: Path) -> None:
         (lambda w: w.add_expert(0, EXPERTS, nested(0, 0)), "no place for layer 0 expert 3"),
         (lambda w: w.add_record(0, 0, np.zeros(5, np.uint8)), r"a record is uint8 \[28672\]"),
         (lambda w: w.add_expert(0, 0, {"gate": nested(0, 0)["gate"]}), "expected gate, up, down"),
-        (lambda w: w.add_expert(0, 0, nested(0, 0) | {"up": nested(0, 0)["down"]}), "up affine of base"),
-        (lambda w: w.finish(), "'embed.codes', 'embed.affine', 'final_norm' and 8 more not written yet"),
+        (lambda w: w.add_expert(0, 0, nested(0, 0) | {"up": nested(0, 0)["down"]}), "up codes of base"),
+        (lambda w: w.add_nested("embed", nested(0, 0, 4)["gate"]), "'embed' has 4 bits, expected 8"),
+        (lambda w: w.add_nested("embed", nested(0, 0)["gate"], 4), r"'embed.rows' from row 4 is float32 \[3, 16\]"),
+        (lambda w: w.finish(), "'embed.rows', 'embed.affine', 'embed.base' and 15 more not written yet"),
     ],
 )
 def test_the_writer_refuses(tmp_path: Path, action: Callable[[ContainerWriter], object], message: str) -> None:
@@ -203,12 +225,11 @@ def test_the_writer_refuses(tmp_path: Path, action: Callable[[ContainerWriter], 
 
 
 def test_narrow_experts_are_not_written(tmp_path: Path) -> None:
-    narrow = {name: dataclasses.replace(m, planes=m.planes[:2]) for name, m in nested(0, 0).items()}
     with (
         ContainerWriter(tmp_path / "x.d2moe", **FACTS) as writer,
-        pytest.raises(ContainerError, match="gate has 4 bits, a record is written with all 8"),
+        pytest.raises(ContainerError, match="gate has 4 bits, the record is written with 8"),
     ):
-        writer.add_expert(0, 0, narrow)
+        writer.add_expert(0, 0, nested(0, 0, 4))
 
 
 def test_a_destination_that_exists_is_refused(copy: Path, tmp_path: Path) -> None:
@@ -290,9 +311,14 @@ def test_unknown_experts_and_tensors(sample: Path) -> None:
         container.read_expert(0, 3, 4)
     with pytest.raises(ConfigError, match="from 2 to 8"):
         container.read_expert(0, 0, 9)
-    with pytest.raises(ContainerError, match=r"has no tensor 'head.codes'"):
-        container.read_linear("head")
-    assert container.has("final_norm") and not container.has("head.codes")
+    with pytest.raises(ContainerError, match=r"has no matrix 'head', which config.json calls for"):
+        container.read_nested("head", 8)
+    with pytest.raises(ContainerError, match=r"has no tensor 'head_bias', which config.json calls for"):
+        container.read_dense("head_bias")
+    with pytest.raises(ConfigError, match="from 2 to 8"):
+        container.read_nested("embed", 1)
+    assert container.has("final_norm") and container.has("embed")
+    assert not container.has("head") and not container.has("embed.base") and not container.has("embed.q_bias")
 
 
 # The manifest
@@ -312,9 +338,9 @@ def edited(path: Path, edit: Edit) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda m: m.update(version=2), "made by a newer d2moe, upgrade"),
-        (lambda m: m.update(version=0), "convert the model again"),
-        (lambda m: m.update(version=True), "version is True, expected 1"),
+        (lambda m: m.update(version=3), "made by a newer d2moe, upgrade"),
+        (lambda m: m.update(version=1), "version is 1, this d2moe reads 2; convert the model again"),
+        (lambda m: m.update(version=True), "version is True, expected 2"),
         (lambda m: m.update(format="gguf"), "not a d2moe container"),
         (lambda m: m.update(codebook=[]), "unknown key 'codebook'"),
         (lambda m: m.pop("experts"), "lacks the key 'experts'"),
@@ -469,20 +495,24 @@ def test_optional_parts_and_segments_are_skipped(copy: Path) -> None:
     for bits in WIDTHS:
         found, right = container.read_expert(2, 1, bits), nested(2, 1)
         for name in PROJECTIONS:
-            assert np.array_equal(found[name].affine, right[name].affine)
-            assert np.array_equal(found[name].base, right[name].base)
-            assert all(np.array_equal(a, b) for a, b in zip(found[name].planes, right[name].planes, strict=False))
+            for kind, array in found[name].arrays.items():
+                assert np.array_equal(array, right[name].arrays[kind])
 
 
 def test_dense_tensors_must_fit_each_other(tmp_path: Path) -> None:
     wrong: list[tuple[dict[str, tuple[str, tuple[int, ...]]], str]] = [
-        ({"embed.codes": ("U8", (6, 2, 4, 64))}, r"'embed.codes' is U8 \[6, 2, 4, 64\], expected U8 \[6, 2, 8, 64\]"),
-        ({"embed.affine": ("F16", (6, 3, 2, 16))}, r"'embed.affine' is F16"),
-        ({"final_norm": ("F16", (64,))}, "'final_norm' is F16, expected F32"),
+        ({"embed.base": ("U8", (6, 2, 4, 64))}, r"'embed.base' is U8 \[6, 2, 4, 64\], expected U8 \[6, 2, 2, 64\]"),
+        ({"embed.base": ("U8", ())}, r"'embed.rows' is F32 \[6, 16\], expected F32 \[1, 16\]"),
+        ({"embed.base": ("U8", (0, 2, 2, 64))}, r"'embed.rows' is F32 \[6, 16\], expected F32 \[1, 16\]"),
+        ({"embed.rows": ("F32", (6, 8))}, r"'embed.rows' is F32 \[6, 8\], expected F32 \[6, 16\]"),
+        ({"embed.rows": ("F16", (6, 16))}, r"'embed.rows' is F16"),
+        ({"embed.affine": ("U8", (6, 3, 2, 16))}, r"'embed.affine' is U8 \[6, 3, 2, 16\], expected U8 \[6, 2, 2, 16\]"),
+        ({"embed.plane6": ("U8", (6, 2, 2, 64))}, r"'embed.plane6' is U8 \[6, 2, 2, 64\], expected U8 \[6, 2, 1, 64\]"),
+        ({"final_norm": ("F16", (64,))}, r"'final_norm' is F16 \[64\], expected F32"),
         ({"layers.0.router": ("F32", (EXPERTS + 1, 64))}, r"expected F32 \[3, 64\]"),
-        ({"x.affine": ("F16", (6, 2, 2, 16))}, "'x.affine' has no codes"),
-        ({"x.codes": ("U8", (6, 2, 8, 64))}, "'x.affine' is missing"),
-        ({"x.codes": ("U8", ())}, r"'x.codes' is U8 \[\]"),
+        ({"x.affine": ("U8", (6, 2, 2, 16))}, "'x.affine' has no 'x.rows' beside it"),
+        ({f"x.{k}": SHAPES[f"embed.{k}"] for k in ARRAYS if k != "plane8"}, "'x.rows' has no 'x.plane8' beside it"),
+        ({"x.codes": ("U8", (6, 2, 8, 64))}, "'x.codes' is U8"),
     ]
     for i, (change, message) in enumerate(wrong):
         shapes = SHAPES | change

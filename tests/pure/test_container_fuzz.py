@@ -49,6 +49,8 @@ def attempt(path: Path) -> bool:
         container = Container.open(path)
         for name in container.dense:
             container.read_dense(name)
+        for name in container.nested:
+            container.read_nested(name, 8)
         container.read_expert(container.moe_layers[-1], container.experts - 1, 8)
         verify(container)
         return True

@@ -26,7 +26,7 @@ from checkpoints import (
 from safetensors.torch import load_file
 
 from d2moe import planes
-from d2moe.container import Container
+from d2moe.container import Container, NestedMatrix
 from d2moe.container.safetensors_header import build_header
 from d2moe.convert.huggingface import Checkpoint
 from d2moe.convert.pipeline import convert
@@ -46,22 +46,15 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- what comes out ---
 
 
-def check_matrix(w: np.ndarray, tiles: np.ndarray, affine_tiles: np.ndarray, group: int = 64) -> None:
-    """Codes are exactly those of planes.py under the stored scales, and the scales its choice but for near ties."""
+def check_matrix(w: np.ndarray, matrix: NestedMatrix, group: int = 64) -> None:
+    """Codes and scales are exactly those of planes.py, and its values are near the weights."""
     rows, cols = w.shape
-    codes, affine = planes.untile(tiles), planes.untile_affine(affine_tiles)
-    wanted_codes, wanted_affine = planes.quantize(w, group)
-    assert codes.shape == wanted_codes.shape
-    same = (affine == wanted_affine).all(axis=-1)
-    assert same.mean() > 0.99
-    cut = codes.reshape(*affine.shape[:2], group)
-    assert np.array_equal(cut[same], wanted_codes.reshape(cut.shape)[same])
-    for g in range(affine.shape[1]):
-        part = w[:, g * group : (g + 1) * group]
-        expected = planes.encode(part, affine[:rows, g, 0], affine[:rows, g, 1])
-        assert np.array_equal(cut[:rows, g, : part.shape[1]], expected)
+    codes = planes.untile(planes.unpack(matrix.base, matrix.planes))
+    stored = codes, planes.untile_affine(matrix.affine), matrix.row_scale.reshape(-1)
+    for found, wanted in zip(stored, planes.quantize(w, group), strict=True):
+        assert found.dtype == wanted.dtype and np.array_equal(found, wanted)
     for bits, most in ((8, 0.01), (4, 0.15), (2, 0.6)):
-        error = planes.dequantize(codes, affine, bits, rows, cols) - w
+        error = planes.dequantize(*stored, bits, rows, cols) - w
         assert np.sqrt(np.mean(error**2) / np.mean(w**2)) < most
 
 
@@ -71,8 +64,8 @@ def check_container(path: Path, model: Any) -> None:
     seen = set()
 
     def linear(name: str, module: Any) -> None:
-        check_matrix(module.weight.detach().numpy(), *container.read_linear(name))
-        seen.update({f"{name}.codes", f"{name}.affine"})
+        check_matrix(module.weight.detach().numpy(), container.read_nested(name, 8))
+        seen.add(name)
         if getattr(module, "bias", None) is not None:
             plain(f"{name}_bias", module.bias)
 
@@ -112,9 +105,9 @@ def check_container(path: Path, model: Any) -> None:
             both = layer.mlp.experts.gate_up_proj[e].detach().numpy()
             down = layer.mlp.experts.down_proj[e].detach().numpy()
             for part, w in (("gate", both[:inner]), ("up", both[inner:]), ("down", down)):
-                matrix = stored[part]
-                check_matrix(np.ascontiguousarray(w), planes.unpack(matrix.base, matrix.planes), matrix.affine)
-    assert seen == set(container.dense)
+                check_matrix(np.ascontiguousarray(w), stored[part])
+    assert seen == set(container.nested) | set(container.floats)
+    assert len(container.dense) == 9 * len(container.nested) + len(container.floats)
 
 
 def tree(path: Path) -> dict[str, str]:
@@ -156,7 +149,7 @@ def test_group_of_128_and_attention_biases(tmp_path: Path) -> None:
     assert container.record.group == 128
     assert np.abs(container.read_dense("layers.1.attn.o_bias")).max() > 0
     w = model.model.layers[1].self_attn.o_proj.weight.detach().numpy()
-    check_matrix(w, *container.read_linear("layers.1.attn.o"), 128)
+    check_matrix(w, container.read_nested("layers.1.attn.o", 8), 128)
 
 
 def test_large_matrices_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +186,7 @@ def test_tied_embeddings(tmp_path: Path) -> None:
     [
         (NAME, (3, 5), float("nan"), "has nan at [3, 5], expected finite weights"),
         (NAME, (71, 95), float("-inf"), "has -inf at [71, 95], expected finite weights"),
-        (NAME, (0, 0), 1e5, "has 100000 at [0, 0], expected at most 32,752, what a float16 scale can hold"),
+        (NAME, (0, 0), 2e38, "has 2e+38 at [0, 0], expected at most 1.701e+38, so that ranges fit float32"),
         ("model.embed_tokens.weight", (299, 1), float("inf"), "has inf at [299, 1]"),
         ("model.norm.weight", (9,), float("nan"), "has nan at [9]"),
         ("model.layers.1.mlp.gate.weight", (2, 3), float("inf"), "has inf at [2, 3]"),

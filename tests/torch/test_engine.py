@@ -34,8 +34,8 @@ def case(request, tmp_path_factory):
     return convert(folder / "hf", folder / "model.d2moe"), model, decisive
 
 
-def dequantised(path, model, bits):
-    """The model with the container's own weights: experts at `bits`, dense layers at 8."""
+def dequantised(path, model, bits, dense_bits):
+    """The model with the container's own weights: experts at `bits`, all others at `dense_bits`."""
     container = Container.open(path)
     shape = shape_from_config(container.config, str(path))
     names = family(shape.model_type).source_names(shape)
@@ -43,25 +43,26 @@ def dequantised(path, model, bits):
     for canonical, source in names.dense.items():
         if not source.quantized:
             continue
-        codes, affine = container.read_linear(canonical)
-        w = planes.dequantize(planes.untile(codes), planes.untile_affine(affine), 8, *source.shape)
         target = next(n for n in source.names if n in state)
-        state[target] = torch.from_numpy(w)
+        state[target] = values(container.read_nested(canonical, dense_bits), dense_bits, *source.shape)
     record = container.record
     for layer in container.moe_layers:
         prefix = next(k for k in state if k.startswith(f"model.layers.{layer}.") and k.endswith("experts.gate_up_proj"))
         for expert in range(container.experts):
             parts = container.read_expert(layer, expert, bits)
-            w = {}
-            for p in PROJECTIONS:
-                tiles = planes.unpack(parts[p].base, list(parts[p].planes))
-                matrix = record.matrix(p)
-                affine = planes.untile_affine(parts[p].affine)
-                w[p] = torch.from_numpy(planes.dequantize(planes.untile(tiles), affine, bits, matrix.rows, matrix.cols))
+            shapes = {p: record.matrix(p) for p in PROJECTIONS}
+            w = {p: values(parts[p], bits, shapes[p].rows, shapes[p].cols) for p in PROJECTIONS}
             state[prefix][expert] = torch.cat([w["gate"], w["up"]])
             state[prefix.replace("gate_up_proj", "down_proj")][expert] = w["down"]
     original = {k: v.clone() for k, v in model.state_dict().items()}
     return state, original
+
+
+def values(matrix, bits, rows, cols):
+    """The weights of a nested matrix as a float32 tensor [rows, cols]."""
+    codes = planes.untile(planes.unpack(matrix.base, matrix.planes))
+    w = planes.dequantize(codes, planes.untile_affine(matrix.affine), matrix.row_scale.reshape(-1), bits, rows, cols)
+    return torch.from_numpy(w)
 
 
 def answers(model, state, tokens):
@@ -78,10 +79,10 @@ def per_token(found, expected):
     return np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_logits_agree_with_transformers(case, bits):
+@pytest.mark.parametrize(("bits", "dense_bits"), [(2, 8), (3, 4), (4, 8), (8, 6)])
+def test_logits_agree_with_transformers(case, bits, dense_bits):
     path, model, decisive = case
-    state, original = dequantised(path, model, bits)
+    state, original = dequantised(path, model, bits, dense_bits)
     rng = np.random.default_rng()
     tokens = rng.integers(0, 300, 300 if bits == 3 else 50).astype(np.int32)
     try:
@@ -89,11 +90,11 @@ def test_logits_agree_with_transformers(case, bits):
     finally:
         model.load_state_dict(original)
 
-    with Engine.load(path, EngineConfig(kernels="reference-float", bits=bits, context=320)) as engine:
+    with Engine.load(path, EngineConfig(kernels="reference-float", bits=bits, dense_bits=dense_bits, context=320)) as engine:
         assert relative(fed(engine, tokens, bits), expected) <= 1e-3
         assert relative(fed(engine, tokens[:10], bits, one_by_one=True), expected[:10]) <= 1e-3
 
-    with Engine.load(path, EngineConfig(bits=bits, context=320)) as engine:
+    with Engine.load(path, EngineConfig(bits=bits, dense_bits=dense_bits, context=320)) as engine:
         found = fed(engine, tokens, bits)
         if not decisive:
             # The middle token: one in some dozens sits at a near tie and is routed to another expert.
@@ -113,13 +114,14 @@ def fed(engine, tokens, bits, one_by_one=False):
     return np.concatenate(rows)
 
 
-def test_reference_with_integer_activations_is_the_native_engine(case):
+@pytest.mark.parametrize(("dense_bits", "kv"), [(8, "f16"), (3, "q8")])
+def test_reference_with_integer_activations_is_the_native_engine(case, dense_bits, kv):
     path, _, _ = case
     rng = np.random.default_rng()
     results = {}
     tokens = rng.integers(0, 50, 12).astype(np.int32)
     for kernels in ("reference", "native"):
-        engine = Engine.load(path, EngineConfig(kernels=kernels, context=64))
+        engine = Engine.load(path, EngineConfig(kernels=kernels, context=64, dense_bits=dense_bits, kv=kv))
         results[kernels] = engine.step([Chunk(engine.new_sequence(), tokens, 3, "all")])
         engine.close()
     # A float that lands on the other side of a rounding step moves one activation by one step of 127.

@@ -93,7 +93,6 @@ def inspect(model: str | None, tensors: bool, as_json: bool) -> None:
         ("experts per token", str(found.experts_per_token or "unknown")),
         ("expert shape", f"{found.hidden} x {found.inner}, groups of {found.group}"),
         ("weights in experts", f"{found.expert_weights:,}"),
-        ("dense weights, always in memory", show_bytes(found.dense_bytes)),
         ("whole file", show_bytes(found.total_bytes)),
     ]
     print_table(found.path, facts)
@@ -104,10 +103,12 @@ def inspect(model: str | None, tensors: bool, as_json: bool) -> None:
             show_bytes(w.expert_bytes),
             show_bytes(w.all_experts_bytes),
             show_bytes(w.token_bytes) if w.token_bytes is not None else "unknown",
+            show_bytes(w.dense_bytes),
         )
         for w in found.widths
     ]
-    print_table("widths", rows, ("bits", "per weight", "one expert", "all experts", "per token, none resident"))
+    header = ("bits", "per weight", "one expert", "all experts", "per token, none resident", "dense weights")
+    print_table("widths", rows, header)
     print_table("files", [(f.name, show_bytes(f.n_bytes)) for f in found.files], ("file", "size"))
     if tensors:
         listed = [(t.name, t.dtype, " x ".join(map(str, t.shape)), show_bytes(t.n_bytes)) for t in found.dense]

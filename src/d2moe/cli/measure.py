@@ -111,7 +111,10 @@ def _row(name: str, found: Any) -> tuple[str, ...]:
     "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="How often; speeds are medians."
 )
 @click.option("--text", type=click.Path(exists=True, dir_okay=False), help="Take the prompt from this text.")
-def bench(model: str | None, prompt_tokens: int, generate: int, repeats: int, text: str | None, **engine: Any) -> None:
+@click.option("--explain", is_flag=True, help="Also show which kernel ran for each shape of matrix, and how often.")
+def bench(
+    model: str | None, prompt_tokens: int, generate: int, repeats: int, text: str | None, explain: bool, **engine: Any
+) -> None:
     """Measure the speed of MODEL.
 
     Prompt and generation speed, time to first token, bytes read, memory. roofline is the least time a token could take
@@ -123,6 +126,7 @@ def bench(model: str | None, prompt_tokens: int, generate: int, repeats: int, te
     Examples:
       d2moe bench builtin --memory 96MB --bits 4
       d2moe bench olmoe.d2moe --memory 2GB --prompt-tokens 512 --generate 128 | tail -1 | jq .roofline
+      d2moe bench olmoe.d2moe --bits 3 --dense-bits 4 --explain
     """
     from d2moe.cli.progress import Bar
     from d2moe.evaluate.bench import TEXT, prompt_of
@@ -133,8 +137,15 @@ def bench(model: str | None, prompt_tokens: int, generate: int, repeats: int, te
     with contextlib.closing(open_model(path, engine)) as m:
         prompt = prompt_of(m, prompt_tokens, content)
         with Bar(f"bench of {path.name}", light=True) as bar:
-            found = measure(m, prompt, generate=generate, repeats=repeats, progress=bar)
+            found = measure(m, prompt, generate=generate, repeats=repeats, explain=explain, progress=bar)
     print_table(path.name, _bench_rows(found))
+    if explain and found["products"] is None:
+        click.echo("--explain: the NumPy twin has one way only", err=True)
+    elif explain:
+        rows = [(f"{r} x {c}", str(b), f"{t / n:.1f}", f"{n:,}", way) for r, c, b, way, n, t in found["products"]]
+        print_table(
+            f"matrix products, kernel table {found['kernels']}", rows, ("matrix", "bits", "tokens", "products", "way")
+        )
     print_json({"model": str(path), **found})
 
 
@@ -151,14 +162,14 @@ def _bench_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("generation", f"{found['generation_tokens_per_s']:.2f} tokens/s"),
         ("prompt", f"{found['prompt_tokens_per_s']:.1f} tokens/s"),
         ("time to first token", f"{found['ttft_s']:.3f} s (first repeat {found['ttft_first_s']:.3f} s)"),
-        ("average width", f"{found['bits']:.2f} bits"),
+        ("average width", f"{found['bits']:.2f} bits; dense weights {found['dense_bits']}, keys and values {found['kv']}"),
         ("read from storage per token", size("read_bytes_per_token")),
         ("hit rate", share("hit_rate")),
         ("peak memory", f"{size('peak_bytes')} of {size('memory_bytes')}"),
         ("expert slots", size("expert_memory_bytes")),
         ("waiting for reads", share("stall_share")),
         ("deciding", share("decide_share")),
-        ("Python", share("python_share")),
+        ("outside the compiled core", share("python_share")),
         ("roofline", share("roofline")),
         ("memory bandwidth", size("memory_bandwidth_bytes_per_s", "/s")),
         ("storage bandwidth", size("storage_bandwidth_bytes_per_s", "/s")),

@@ -24,6 +24,16 @@ ENGINE_OPTIONS = [
     click.option(
         "--bits", type=click.IntRange(BASE_BITS, MAX_BITS), help="Width at which experts are read [default: 4]."
     ),
+    click.option(
+        "--dense-bits",
+        type=click.IntRange(BASE_BITS, MAX_BITS),
+        help="Width of all other weights, which stay in memory [default: --bits + 1, from 4 to 8].",
+    ),
+    click.option(
+        "--kv",
+        type=click.Choice(["f16", "q8"]),
+        help="Keys and values in two bytes each or in one: half the memory, faster on long contexts [default: f16].",
+    ),
     click.option("--threads", type=click.IntRange(min=1), help="Threads [default: all CPUs this process may use]."),
 ]
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import mmap
 import os
 import re
 import stat
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2moe.errors import D2MoeError, StorageError
+from d2moe.types import padded
 
 U8 = npt.NDArray[np.uint8]
 
@@ -75,6 +79,31 @@ def read_into(fd: int, buffer: U8, offset: int, path: Path) -> None:
         done += n
 
 
+def read_pieces(path: Path, pieces: Sequence[tuple[int, U8]], error: type[D2MoeError], advice: str) -> None:
+    """Fill each buffer from its byte offset of the file at `path`, and leave nothing of it in the page cache.
+
+    What is held in memory must not be there a second time. So the system is told exactly what will be read, nothing is
+    read ahead of that, and the pages are dropped afterwards. Raises as `open_regular` and `read_into`.
+    """
+    fd, _ = open_regular(path, error, advice)
+    try:
+        _advise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        for offset, buffer in pieces:
+            _advise(fd, offset, buffer.nbytes, os.POSIX_FADV_WILLNEED)
+        for offset, buffer in pieces:
+            read_into(fd, buffer, offset, path)
+        for offset, buffer in pieces:
+            start = offset // mmap.PAGESIZE * mmap.PAGESIZE  # whole pages: part of one would stay
+            _advise(fd, start, padded(offset + buffer.nbytes, mmap.PAGESIZE) - start, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def _advise(fd: int, offset: int, n_bytes: int, advice: int) -> None:
+    with contextlib.suppress(OSError):  # a file system may decline
+        os.posix_fadvise(fd, offset, n_bytes, advice)
+
+
 def read_small(path: Path, limit_bytes: int, error: type[D2MoeError], advice: str) -> bytes:
     """The whole file, refused when it is larger than `limit_bytes`."""
     fd, n_bytes = open_regular(path, error, advice)
@@ -115,6 +144,15 @@ def crc_of_range(fd: int, offset: int, n_bytes: int, path: Path) -> int:
         piece = buffer[: min(PIECE_BYTES, n_bytes - at)]
         read_into(fd, piece, offset + at, path)
         crc = zlib.crc32(piece.data, crc)
+    return crc
+
+
+@lru_cache(maxsize=64)  # a container has few sizes of pieces, and thousands of pieces
+def crc_of_zeros(n_bytes: int) -> int:
+    """CRC-32 of so many zero bytes."""
+    crc, zeros = 0, bytes(min(n_bytes, PIECE_BYTES))
+    for at in range(0, n_bytes, PIECE_BYTES):
+        crc = zlib.crc32(memoryview(zeros)[: n_bytes - at], crc)
     return crc
 
 

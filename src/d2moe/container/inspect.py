@@ -12,7 +12,7 @@ from d2moe.types import WIDTHS
 
 @dataclass(frozen=True)
 class WidthSize:
-    """What a width costs: bytes per expert, of all experts, and read by one token with nothing resident."""
+    """What a width costs: bytes per expert, of all experts, read by one token with nothing resident, of dense weights."""
 
     bits: int
     bits_per_weight: float
@@ -21,6 +21,8 @@ class WidthSize:
     all_experts_bytes: int
     token_bytes: int | None
     """All layers, the model's experts per token; None if config.json does not say how many."""
+    dense_bytes: int
+    """In memory: matrices at this width and float32 tensors."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,11 @@ class Description:
     experts_per_token: int | None
     expert_weights: int
     """Weights of all experts together."""
-    dense_bytes: int
     expert_bytes: int
     """All experts with all eight bits."""
     total_bytes: int
     least_bytes: int | None
-    """Dense weights and one token's experts of one layer at 2 bits: no engine runs in less than this."""
+    """Dense weights and one token's experts of one layer, all at 2 bits: no engine runs in less than this."""
     widths: tuple[WidthSize, ...]
     files: tuple[FileSize, ...]
     dense: tuple[TensorSize, ...]
@@ -78,6 +79,7 @@ def describe(container: Container) -> Description:
             record.prefix_bytes(bits),
             count * record.prefix_bytes(bits),
             layers * top_k * record.prefix_bytes(bits) if top_k else None,
+            container.dense_bytes(bits),
         )
         for bits in WIDTHS
     )
@@ -91,10 +93,9 @@ def describe(container: Container) -> Description:
         experts=container.experts,
         experts_per_token=top_k,
         expert_weights=count * 3 * record.hidden * record.inner,
-        dense_bytes=container.dense_bytes,
         expert_bytes=count * record.record_bytes,
         total_bytes=sum(facts.n_bytes for facts in manifest.files.values()),
-        least_bytes=container.dense_bytes + top_k * widths[0].expert_bytes if top_k else None,
+        least_bytes=widths[0].dense_bytes + top_k * widths[0].expert_bytes if top_k else None,
         widths=widths,
         files=tuple(FileSize(name, facts.n_bytes, facts.optional) for name, facts in manifest.files.items()),
         dense=tuple(TensorSize(name, e.dtype, e.shape, e.n_bytes) for name, e in container.dense.items()),

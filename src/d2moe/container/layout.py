@@ -1,8 +1,9 @@
 """Where every byte of an expert record lies: arithmetic only, no I/O. `docs/format.md` is the normative text.
 
-A record is one expert's segments one after the other: `base` (all scales, then the two-bit base of gate, up, down),
-then one segment per further bit, `plane3` to `plane8`, each with gate, up and down. Every segment is padded to 4096
-bytes, so an expert at b bits is one aligned read of the first `prefix_bytes(b)` bytes, and more bits are the next ones.
+A record is one expert's segments one after the other: `base` (the two-bit base of gate, up, down, then their row
+scales, then their steps and zeros), then one segment per further bit, `plane3` to `plane8`, each with gate, up and down.
+Every segment is padded to 4096 bytes, so an expert at b bits is one aligned read of the first `prefix_bytes(b)` bytes,
+and more bits are the next ones. Dense matrices are stored array by array under the names of `ARRAYS`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,18 @@ from d2moe.types import ALIGN_BYTES, BASE_BITS, MAX_BITS, TILE_ROWS, check_width
 
 PROJECTIONS = ("gate", "up", "down")
 SEGMENTS = ("base", *(f"plane{bit}" for bit in range(BASE_BITS + 1, MAX_BITS + 1)))
+ARRAYS = ("rows", "affine", *SEGMENTS)
+"""The arrays of a nested matrix in the order of the dense file: what every width needs comes first."""
+MEMORY_ALIGN = 64
+"""Alignment in memory, in bytes: kernels load whole registers of codes from aligned addresses."""
+
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+"""Type and shape by name, in file order."""
+
+
+def arrays_at(bits: int) -> tuple[str, ...]:
+    """Those of `ARRAYS` that a matrix at width `bits` consists of."""
+    return ARRAYS[: len(ARRAYS) - MAX_BITS + check_width(bits)]
 
 
 @dataclass(frozen=True)
@@ -32,28 +45,51 @@ class MatrixLayout:
     def groups(self) -> int:
         return padded(self.cols, self.group) // self.group
 
-    @property
-    def affine_bytes(self) -> int:
-        """Float16 [tiles, groups, 2, 16]: range and low end."""
-        return self.tiles * self.groups * 2 * TILE_ROWS * 2
+    def array(self, kind: str) -> tuple[str, tuple[int, ...]]:
+        """Safetensors type and shape of one of `ARRAYS`."""
+        if kind == "rows":
+            return "F32", (self.tiles, TILE_ROWS)
+        if kind == "affine":
+            return "U8", (self.tiles, self.groups, 2, TILE_ROWS)
+        return "U8", (self.tiles, self.groups, self.group // (16 if kind == "base" else 32), 4 * TILE_ROWS)
+
+    def tensors(self, name: str) -> Tensors:
+        """The nine tensors of this matrix in the dense file under the canonical name `name`."""
+        return {f"{name}.{kind}": self.array(kind) for kind in ARRAYS}
 
     @property
-    def flat_bytes(self) -> int:
-        """Uint8 [tiles, groups, group/4, 64]: the full code of every weight."""
-        return self.tiles * self.groups * TILE_ROWS * self.group
+    def row_scale_bytes(self) -> int:
+        """Float32 [tiles, 16]."""
+        return self.tiles * TILE_ROWS * 4
+
+    @property
+    def affine_bytes(self) -> int:
+        """Uint8 [tiles, groups, 2, 16]: step and zero."""
+        return self.tiles * self.groups * 2 * TILE_ROWS
 
     @property
     def base_bytes(self) -> int:
-        return self.flat_bytes // 4
+        """Uint8 [tiles, groups, group/16, 64]: two bits a weight."""
+        return self.tiles * self.groups * TILE_ROWS * self.group // 4
 
     @property
     def plane_bytes(self) -> int:
-        return self.flat_bytes // 8
+        """Uint8 [tiles, groups, group/32, 64]: one bit a weight."""
+        return self.base_bytes // 2
+
+    def array_bytes(self, kind: str) -> int:
+        """Size of one of `ARRAYS`."""
+        sizes = {"rows": self.row_scale_bytes, "affine": self.affine_bytes, "base": self.base_bytes}
+        return sizes.get(kind, self.plane_bytes)
+
+    def memory_bytes(self, bits: int) -> int:
+        """What the matrix takes in memory at width `bits`, rounded up to a multiple of 64."""
+        return padded(sum(map(self.array_bytes, arrays_at(bits))), MEMORY_ALIGN)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a segment: `kind` is "affine" or "codes"; `offset` counts from the start of the segment."""
+    """A piece of a segment: `kind` is "codes", "rows" or "affine"; `offset` counts from the start of the segment."""
 
     kind: str
     projection: str
@@ -80,15 +116,13 @@ class RecordLayout:
 
     def parts(self, segment: str) -> tuple[Part, ...]:
         """The pieces of `segment` in storage order."""
-        wanted = [("affine", p) for p in PROJECTIONS] if segment == "base" else []
-        wanted += [("codes", p) for p in PROJECTIONS]
+        kinds = ("codes", "rows", "affine") if segment == "base" else ("codes",)
         parts, offset = [], 0
-        for kind, projection in wanted:
-            matrix = self.matrix(projection)
-            codes = matrix.base_bytes if segment == "base" else matrix.plane_bytes
-            n_bytes = matrix.affine_bytes if kind == "affine" else codes
-            parts.append(Part(kind, projection, offset, n_bytes))
-            offset += n_bytes
+        for kind in kinds:
+            for projection in PROJECTIONS:
+                n_bytes = self.matrix(projection).array_bytes(segment if kind == "codes" else kind)
+                parts.append(Part(kind, projection, offset, n_bytes))
+                offset += n_bytes
         return tuple(parts)
 
     @cached_property

@@ -14,7 +14,7 @@ from d2moe.container.layout import PROJECTIONS, SEGMENTS, RecordLayout, expert_f
 from d2moe.errors import ContainerError
 from d2moe.types import ALIGN_BYTES
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "d2moe.json"
 DENSE = "dense.safetensors"
 CHECKSUMS = "checksums.safetensors"

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from d2moe.container.files import aligned_empty, open_regular, parse_json, read_into, read_small, shown
-from d2moe.container.layout import SEGMENTS, RecordLayout, expert_file, expert_tensor
+from d2moe.container.files import (
+    aligned_empty,
+    open_regular,
+    parse_json,
+    read_pieces,
+    read_small,
+    shown,
+)
+from d2moe.container.layout import (
+    ARRAYS,
+    MEMORY_ALIGN,
+    SEGMENTS,
+    MatrixLayout,
+    RecordLayout,
+    arrays_at,
+    expert_file,
+    expert_tensor,
+)
 from d2moe.container.manifest import (
     CHECKSUMS,
     CONFIG,
@@ -24,9 +41,8 @@ from d2moe.container.manifest import (
 from d2moe.container.record import NestedMatrix, split_record
 from d2moe.container.safetensors_header import DTYPES, Entry, Header, read_header
 from d2moe.errors import ConfigError, ContainerError
-from d2moe.types import ALIGN_BYTES, TILE_ROWS, check_width
+from d2moe.types import ALIGN_BYTES, TILE_ROWS, check_width, padded
 
-F16 = npt.NDArray[np.float16]
 U8 = npt.NDArray[np.uint8]
 
 ADVICE = 'copy it again, or convert the model again; "d2moe verify" checks every byte'
@@ -35,7 +51,9 @@ ADVICE = 'copy it again, or convert the model again; "d2moe verify" checks every
 class Container:
     """A d2moe container; make one with `Container.open`. It holds no file open, so there is nothing to close.
 
-    `config` and `generation_config` are the source's own JSON; `dense` maps canonical names to where they lie.
+    `config` and `generation_config` are the source's own JSON. `dense` maps every tensor of the dense file to where it
+    lies; by canonical name, `nested` has the shapes of the quantised matrices among them, padded to whole tiles and
+    groups, and `floats` the float32 tensors.
     """
 
     def __init__(
@@ -45,11 +63,13 @@ class Container:
         config: dict[str, Any],
         generation_config: dict[str, Any],
         dense: dict[str, Entry],
+        nested: dict[str, MatrixLayout],
+        floats: dict[str, Entry],
         starts: dict[int, int],
     ):
         self.path, self.manifest = path, manifest
         self.config, self.generation_config = config, generation_config
-        self.dense, self._starts = dense, starts
+        self.dense, self.nested, self.floats, self._starts = dense, nested, floats, starts
 
     @classmethod
     def open(cls, path: str | Path) -> Container:
@@ -67,14 +87,14 @@ class Container:
         config = _read_config(path / CONFIG)
         generation = _read_config(path / GENERATION_CONFIG) if GENERATION_CONFIG in manifest.files else {}
         header = read_header(path / DENSE, ContainerError, MAX_SMALL_BYTES, ADVICE)
-        _check_dense(header.entries, manifest, path / DENSE)
+        nested, floats = _check_dense(header.entries, manifest, path / DENSE)
         starts = {}
         for layer in manifest.layers:
             file = path / expert_file(layer)
             # A name with its numbers takes about 100 bytes; a header far above that is an attack on our memory.
             limit = 4096 + manifest.experts * (len(SEGMENTS) + len(manifest.optional_segments)) * 256
             starts[layer] = _check_experts(read_header(file, ContainerError, limit, ADVICE), manifest, layer, file)
-        return cls(path, manifest, config, generation, header.entries, starts)
+        return cls(path, manifest, config, generation, header.entries, nested, floats, starts)
 
     @property
     def record(self) -> RecordLayout:
@@ -90,28 +110,59 @@ class Container:
         """Experts per layer."""
         return self.manifest.experts
 
-    @property
-    def dense_bytes(self) -> int:
-        """Size of all dense tensors."""
-        return sum(entry.n_bytes for entry in self.dense.values())
+    def dense_bytes(self, bits: int) -> int:
+        """Bytes in memory of all dense weights, matrices at width `bits` and float32 tensors.
+
+        Each matrix and each tensor counts as a multiple of 64 bytes, so an arena of this size holds them all, aligned.
+        """
+        matrices = sum(layout.memory_bytes(bits) for layout in self.nested.values())
+        return matrices + sum(padded(entry.n_bytes, MEMORY_ALIGN) for entry in self.floats.values())
 
     def has(self, name: str) -> bool:
-        """Whether there is a dense tensor of that canonical name."""
-        return name in self.dense
+        """Whether there is a dense weight of that canonical name, be it a matrix ("head") or a float32 tensor."""
+        return name in self.nested or name in self.floats
 
     def read_dense(self, name: str) -> npt.NDArray[Any]:
-        """A dense tensor in a fresh, 64-byte aligned array; reads its bytes and no more."""
+        """A tensor of the dense file in a fresh, 64-byte aligned array; reads its bytes and no more."""
         entry = self.dense.get(name)
         if entry is None:
-            raise ContainerError(
-                f"{self.path / DENSE}: has no tensor {shown(name)}, which {CONFIG} calls for; convert the model again"
-            )
+            raise self._missing("tensor", name)
         data = self._read(self.path / DENSE, entry.offset, entry.n_bytes)
         return data.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
-    def read_linear(self, name: str) -> tuple[U8, F16]:
-        """(codes uint8 [tiles, groups, group/4, 64], affine float16 [tiles, groups, 2, 16]) of a dense matrix."""
-        return self.read_dense(f"{name}.codes"), self.read_dense(f"{name}.affine")
+    def read_nested(self, name: str, bits: int, allocate: Callable[[int], U8] | None = None) -> NestedMatrix:
+        """A dense matrix at width `bits`; reads the arrays that this width needs and no more.
+
+        `allocate(n_bytes)` is called once with `nested[name].memory_bytes(bits)` and must give uint8 [n_bytes], writable
+        and at a multiple of 64 bytes, such as a piece of a large arena; without it the memory is fresh. The arrays are
+        views of it and begin at multiples of 64 bytes.
+        """
+        layout = self.nested.get(name)
+        if layout is None:
+            raise self._missing("matrix", name)
+        n_bytes = layout.memory_bytes(check_width(bits))
+        memory = (allocate or aligned_empty)(n_bytes)
+        if memory.shape != (n_bytes,) or memory.dtype != np.uint8 or not memory.flags.carray:
+            raise ConfigError(
+                f"allocate({n_bytes}) gave {memory.dtype} {list(memory.shape)}, expected writable uint8 [{n_bytes}]"
+            )
+        if memory.ctypes.data % MEMORY_ALIGN:
+            raise ConfigError(f"allocate({n_bytes}) gave memory that is not at a multiple of {MEMORY_ALIGN} bytes")
+        pieces, arrays, at = [], {}, 0
+        # Affine goes last in memory: alone of all its size may be an odd multiple of 32.
+        for kind in (*(k for k in arrays_at(bits) if k != "affine"), "affine"):
+            entry = self.dense[f"{name}.{kind}"]
+            piece = memory[at : at + entry.n_bytes]
+            pieces.append((entry.offset, piece))
+            arrays[kind] = piece.view(DTYPES[entry.dtype]).reshape(entry.shape)
+            at += entry.n_bytes
+        read_pieces(self.path / DENSE, pieces, ContainerError, ADVICE)
+        return NestedMatrix.of(arrays)
+
+    def _missing(self, what: str, name: str) -> ContainerError:
+        return ContainerError(
+            f"{self.path / DENSE}: has no {what} {shown(name)}, which {CONFIG} calls for; convert the model again"
+        )
 
     def expert_path(self, layer: int) -> Path:
         """File with the records of `layer`."""
@@ -138,12 +189,8 @@ class Container:
         return layer
 
     def _read(self, path: Path, offset: int, n_bytes: int, align: int = 64) -> U8:
-        fd, _ = open_regular(path, ContainerError, ADVICE)
-        try:
-            data = aligned_empty(n_bytes, align)
-            read_into(fd, data, offset, path)
-        finally:
-            os.close(fd)
+        data = aligned_empty(n_bytes, align)
+        read_pieces(path, [(offset, data)], ContainerError, ADVICE)
         return data
 
 
@@ -181,34 +228,44 @@ def _read_config(path: Path) -> dict[str, Any]:
     return parse_json(read_small(path, MAX_SMALL_BYTES, ContainerError, ADVICE), str(path), ContainerError, ADVICE)
 
 
-def _check_dense(entries: dict[str, Entry], manifest: Manifest, path: Path) -> None:
-    """Codes and affine come in pairs that fit each other; all else is float32, or says that it is optional."""
-    group, experts, hidden = manifest.record.group, manifest.experts, manifest.record.hidden
+def _check_dense(
+    entries: dict[str, Entry], manifest: Manifest, path: Path
+) -> tuple[dict[str, MatrixLayout], dict[str, Entry]]:
+    """The nested matrices and the float32 tensors by canonical name; what is neither must say that it is optional.
 
-    def expect(name: str, dtype: str, shape: list[int]) -> None:
-        entry = entries.get(name)
-        if entry is None or entry.dtype != dtype or list(entry.shape) != shape:
-            found = f"is {entry.dtype} {list(entry.shape)}" if entry else "is missing"
-            raise ContainerError(f"{path}: tensor {shown(name)} {found}, expected {dtype} {shape}; {ADVICE}")
+    All nine arrays of a matrix must be there, in shapes that fit each other.
+    """
+
+    def expect(name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        entry = entries[name]
+        if entry.dtype != dtype or entry.shape != shape:
+            found = f"is {entry.dtype} {list(entry.shape)}"
+            raise ContainerError(f"{path}: tensor {shown(name)} {found}, expected {dtype} {list(shape)}; {ADVICE}")
 
     if not entries:
         raise ContainerError(f"{path}: has no tensors; {ADVICE}")
+    matrices: dict[str, MatrixLayout] = {}
+    floats: dict[str, Entry] = {}
     for name, entry in entries.items():
         stem, _, kind = name.rpartition(".")
         if name.startswith("optional."):
             continue
-        if kind == "codes":
-            tiles, groups = (*entry.shape, 0, 0)[:2]
-            expect(name, "U8", [tiles, groups, group // 4, 64])
-            expect(f"{stem}.affine", "F16", [tiles, groups, 2, TILE_ROWS])
-        elif kind == "affine":
-            if f"{stem}.codes" not in entries:
-                raise ContainerError(f"{path}: tensor {shown(name)} has no codes beside it; {ADVICE}")
-        elif entry.dtype != "F32":
-            raise ContainerError(f"{path}: tensor {shown(name)} is {entry.dtype}, expected F32; {ADVICE}")
+        if kind not in ARRAYS:
+            expect(name, "F32", entry.shape)
+            floats[name] = entry
+        elif stem not in matrices:
+            for other in (f"{stem}.{k}" for k in ARRAYS):
+                if other not in entries:
+                    raise ContainerError(f"{path}: tensor {shown(name)} has no {shown(other)} beside it; {ADVICE}")
+            tiles, groups = (max(n, 1) for n in (*entries[f"{stem}.base"].shape, 1, 1)[:2])
+            group = manifest.record.group
+            matrices[stem] = MatrixLayout(tiles * TILE_ROWS, groups * group, group)
+            for other, (dtype, shape) in matrices[stem].tensors(stem).items():
+                expect(other, dtype, shape)
     for layer in manifest.layers:
-        if f"layers.{layer}.router" in entries:
-            expect(f"layers.{layer}.router", "F32", [experts, hidden])
+        if f"layers.{layer}.router" in floats:
+            expect(f"layers.{layer}.router", "F32", (manifest.experts, manifest.record.hidden))
+    return matrices, floats
 
 
 def _check_experts(header: Header, manifest: Manifest, layer: int, path: Path) -> int:

@@ -1,4 +1,4 @@
-"""One expert's record as bytes and as arrays; the order is that of `layout.RecordLayout`."""
+"""A nested matrix as arrays, and one expert's record as bytes; the order is that of `layout.RecordLayout`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2moe.container.layout import PROJECTIONS, SEGMENTS, MatrixLayout, Part, RecordLayout
+from d2moe.container.layout import ARRAYS, PROJECTIONS, SEGMENTS, Part, RecordLayout
+from d2moe.container.safetensors_header import DTYPES
 from d2moe.errors import ContainerError
-from d2moe.types import BASE_BITS, MAX_BITS, TILE_ROWS, check_width
+from d2moe.types import BASE_BITS, MAX_BITS, check_width
 
 U8 = npt.NDArray[np.uint8]
-F16 = npt.NDArray[np.float16]
+F32 = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class NestedMatrix:
     """A nested matrix as `d2moe.planes` packs it: base and as many planes (bit 3 first) as were read."""
 
-    affine: F16
-    """float16 [tiles, groups, 2, 16]: range, low."""
+    row_scale: F32
+    """float32 [tiles, 16]: R."""
+    affine: U8
+    """uint8 [tiles, groups, 2, 16]: step S, then zero Z."""
     base: U8
     """uint8 [tiles, groups, group/16, 64]: the first two bits."""
     planes: list[U8]
@@ -32,20 +35,27 @@ class NestedMatrix:
     def bits(self) -> int:
         return BASE_BITS + len(self.planes)
 
+    @property
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """All arrays by the names of `layout.ARRAYS`."""
+        return dict(zip(ARRAYS, (self.row_scale, self.affine, self.base, *self.planes), strict=False))
 
-def array_shape(matrix: MatrixLayout, kind: str, segment: str) -> tuple[int, ...]:
-    """Shape of a part's array: affine, base or plane of `matrix`."""
-    if kind == "affine":
-        return matrix.tiles, matrix.groups, 2, TILE_ROWS
-    return matrix.tiles, matrix.groups, matrix.group // (16 if segment == "base" else 32), 64
+    @classmethod
+    def of(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> NestedMatrix:
+        """Inverse of `arrays`; planes from bit 3 on, without gaps."""
+        planes = [arrays[kind] for kind in SEGMENTS[1:] if kind in arrays]
+        return cls(arrays["rows"], arrays["affine"], arrays["base"], planes)
 
 
-def pack_record(layout: RecordLayout, matrices: Mapping[str, NestedMatrix]) -> U8:
-    """The record uint8 [record_bytes] of an expert with all eight bits; `matrices` has gate, up and down."""
+def pack_record(layout: RecordLayout, matrices: Mapping[str, NestedMatrix], bits: int = MAX_BITS) -> U8:
+    """The first `prefix_bytes(bits)` bytes of an expert's record, uint8; `matrices` has gate, up and down at `bits`."""
     if set(matrices) != set(PROJECTIONS):
         raise ContainerError(f"an expert has the matrices {sorted(matrices)}, expected {', '.join(PROJECTIONS)}")
-    record, start = np.zeros(layout.record_bytes, np.uint8), 0
-    for segment in SEGMENTS:
+    for projection, matrix in matrices.items():
+        if matrix.bits != bits:
+            raise ContainerError(f"{projection} has {matrix.bits} bits, the record is written with {bits}")
+    record, start = np.zeros(layout.prefix_bytes(bits), np.uint8), 0
+    for segment in SEGMENTS[: bits - BASE_BITS + 1]:
         for part in layout.parts(segment):
             at = start + part.offset
             record[at : at + part.n_bytes] = _array(layout, matrices, segment, part).reshape(-1).view(np.uint8)
@@ -54,17 +64,14 @@ def pack_record(layout: RecordLayout, matrices: Mapping[str, NestedMatrix]) -> U
 
 
 def _array(layout: RecordLayout, matrices: Mapping[str, NestedMatrix], segment: str, part: Part) -> npt.NDArray[Any]:
-    matrix = matrices[part.projection]
-    if matrix.bits != MAX_BITS:
-        raise ContainerError(f"{part.projection} has {matrix.bits} bits, a record is written with all {MAX_BITS}")
-    found: npt.NDArray[Any] = matrix.affine if part.kind == "affine" else matrix.base
-    if segment != "base":
-        found = matrix.planes[SEGMENTS.index(segment) - 1]
-    shape = array_shape(layout.matrix(part.projection), part.kind, segment)
-    dtype = np.dtype(np.float16 if part.kind == "affine" else np.uint8)
-    if found.shape != shape or found.dtype != dtype:
+    kind = segment if part.kind == "codes" else part.kind
+    found = matrices[part.projection].arrays[kind]
+    name, shape = layout.matrix(part.projection).array(kind)
+    if found.shape != shape or found.dtype != DTYPES[name]:
         item = f"{part.projection} {part.kind} of {segment}"
-        raise ContainerError(f"{item} is {found.dtype} {list(found.shape)}, the layout expects {dtype} {list(shape)}")
+        raise ContainerError(
+            f"{item} is {found.dtype} {list(found.shape)}, the layout expects {DTYPES[name]} {list(shape)}"
+        )
     return np.ascontiguousarray(found)
 
 
@@ -72,19 +79,13 @@ def split_record(layout: RecordLayout, data: U8, bits: int) -> dict[str, NestedM
     """Views of gate, up and down in `data` uint8 [prefix_bytes(bits)], the first bytes of a record; no copies."""
     if data.shape != (layout.prefix_bytes(check_width(bits)),) or data.dtype != np.uint8:
         raise ContainerError(f"a record at {bits} bits has {layout.prefix_bytes(bits):,} bytes, found {data.nbytes:,}")
-    parts: dict[tuple[str, str, str], npt.NDArray[Any]] = {}
-    segments, start = SEGMENTS[: bits - BASE_BITS + 1], 0
-    for segment in segments:
+    arrays: dict[str, dict[str, npt.NDArray[Any]]] = {projection: {} for projection in PROJECTIONS}
+    start = 0
+    for segment in SEGMENTS[: bits - BASE_BITS + 1]:
         for part in layout.parts(segment):
-            shape = array_shape(layout.matrix(part.projection), part.kind, segment)
-            piece: npt.NDArray[Any] = data[start + part.offset : start + part.offset + part.n_bytes]
-            if part.kind == "affine":
-                piece = piece.view(np.float16)
-            parts[segment, part.kind, part.projection] = piece.reshape(shape)
+            kind = segment if part.kind == "codes" else part.kind
+            dtype, shape = layout.matrix(part.projection).array(kind)
+            piece = data[start + part.offset : start + part.offset + part.n_bytes]
+            arrays[part.projection][kind] = piece.view(DTYPES[dtype]).reshape(shape)
         start += layout.segment_bytes(segment)
-    return {
-        p: NestedMatrix(
-            parts["base", "affine", p], parts["base", "codes", p], [parts[s, "codes", p] for s in segments[1:]]
-        )
-        for p in PROJECTIONS
-    }
+    return {projection: NestedMatrix.of(found) for projection, found in arrays.items()}

@@ -20,14 +20,15 @@ import numpy as np
 import numpy.typing as npt
 
 from d2moe.container import manifest as facts_of
-from d2moe.container.files import crc_of_range, read_small, refuse_write, shown, sync_folder, write_at
+from d2moe.container.files import crc_of_range, crc_of_zeros, read_small, refuse_write, shown, sync_folder, write_at
 from d2moe.container.journal import NAME as JOURNAL
 from d2moe.container.journal import Journal
-from d2moe.container.layout import SEGMENTS, RecordLayout, expert_file, expert_tensor
-from d2moe.container.manifest import CHECKSUMS, CONFIG, DENSE, MANIFEST, FileFacts, Manifest
+from d2moe.container.layout import ARRAYS, SEGMENTS, RecordLayout, arrays_at, expert_file, expert_tensor
+from d2moe.container.manifest import CHECKSUMS, CONFIG, DENSE, MANIFEST, VERSION, FileFacts, Manifest
 from d2moe.container.record import NestedMatrix, pack_record
 from d2moe.container.safetensors_header import DTYPES, build_header
 from d2moe.errors import CheckpointError, ContainerError, StorageError
+from d2moe.types import MAX_BITS, check_width
 
 U8 = npt.NDArray[np.uint8]
 
@@ -51,6 +52,8 @@ class ContainerWriter:
 
     `dense` gives type and shape of every dense tensor in file order, `files` the small files (content, or path of the
     original), `source` and `quantizer` whatever identifies the conversion: resuming under other facts is refused.
+    With `bits` below 8 the planes above that width are not written: they are holes of the files, which read as zeros and
+    take no space, for measurements that never ask for them.
     Leaving without `finish` keeps `dst`.partial for the next run. Raises StorageError (disk full, how much is missing)
     and ContainerError (dst exists, other facts). Only one writer at a time.
     """
@@ -66,10 +69,11 @@ class ContainerWriter:
         files: Mapping[str, bytes | Path],
         source: Mapping[str, Any],
         quantizer: Mapping[str, Any],
+        bits: int = MAX_BITS,
     ):
         self.dst = Path(dst)
         self.partial = self.dst.with_name(self.dst.name + ".partial")
-        self.record, self.layers, self.experts = record, tuple(layers), experts
+        self.record, self.layers, self.experts, self.bits = record, tuple(layers), experts, check_width(bits)
         if not dense or not self.layers or CONFIG not in files or self.dst.suffix == ".partial":
             raise ContainerError(
                 f"{self.dst}: needs {CONFIG}, dense tensors, experts, and a name not ending in .partial"
@@ -78,6 +82,8 @@ class ContainerWriter:
         self._source, self._quantizer = dict(source), dict(quantizer)
         header, self._entries = build_header(dense)
         dense_bytes = sum(entry.n_bytes for entry in self._entries.values())
+        above = set(ARRAYS) - set(arrays_at(bits))
+        self._holes = [name for name in self._entries if name.rpartition(".")[2] in above]
         self._dense = _File(DENSE, self.partial / DENSE, header, len(header) + dense_bytes)
         self._layers = {layer: self._expert_file(layer) for layer in self.layers}
         self._begun: dict[str, tuple[int, int]] = {}  # dense tensors under way: bytes written, CRC of them
@@ -116,6 +122,10 @@ class ContainerWriter:
             self._journal = Journal(self.partial / JOURNAL, self._facts(), set(names) <= {JOURNAL})
             (self.partial / "experts").mkdir(exist_ok=True)
             self._recheck(self._journal)
+            for name in self._holes:
+                if not self.is_dense_done(name):
+                    self._create(self._dense)
+                    self._note({"dense": name, "crc": crc_of_zeros(self._entries[name].n_bytes)})
         except OSError as e:
             self.close()
             refuse_write(e, self.partial, self.missing_bytes())
@@ -125,6 +135,8 @@ class ContainerWriter:
 
     def _facts(self) -> dict[str, Any]:
         return {
+            "version": VERSION,
+            "bits": self.bits,
             "hidden": self.record.hidden,
             "inner": self.record.inner,
             "group": self.record.group,
@@ -190,8 +202,9 @@ class ContainerWriter:
         return tables + sum(map(len, self._contents.values())) + sum(file.n_bytes for file in self._all_files())
 
     def missing_bytes(self) -> int:
-        """Bytes of the container that have no place on the disk yet."""
-        taken = 0
+        """Bytes of the container that have no place on the disk yet and need one."""
+        taken = len(self.layers) * self.experts * (self.record.record_bytes - self.record.prefix_bytes(self.bits))
+        taken += sum(self._entries[name].n_bytes for name in self._holes)
         for file in self._all_files():
             if file.path.is_file():
                 taken += min(file.path.stat().st_blocks * 512, file.n_bytes)
@@ -210,6 +223,10 @@ class ContainerWriter:
         """Whether the whole tensor was written, by this run or an earlier one."""
         return self._is_whole or name in self._running().dense
 
+    def is_nested_done(self, name: str) -> bool:
+        """The same for all arrays of a dense matrix."""
+        return all(self.is_dense_done(f"{name}.{kind}") for kind in ARRAYS)
+
     def done_experts(self, layer: int) -> frozenset[int]:
         """Experts of `layer` that were written, by this run or an earlier one."""
         return frozenset(range(self.experts) if self._is_whole else self._running().experts.get(layer, {}))
@@ -222,8 +239,9 @@ class ContainerWriter:
         The array must have the announced type, and the announced shape but for the number of rows in this piece.
         """
         entry = self._entries.get(name)
-        if entry is None:
-            raise ContainerError(f"{self.dst}: dense tensor {shown(name)} was not announced to the writer")
+        if entry is None or name in self._holes:
+            what = "is a hole" if entry else "was not announced to the writer"
+            raise ContainerError(f"{self.dst}: dense tensor {shown(name)} {what}")
         dtype = DTYPES[entry.dtype]
         fits = array.dtype == dtype and array.ndim == len(entry.shape) and array.shape[1:] == entry.shape[1:]
         if not fits or (array.ndim and not 0 <= first <= entry.shape[0] - array.shape[0]):
@@ -245,25 +263,33 @@ class ContainerWriter:
             if len(self._running().dense) == len(self._entries):
                 self._sync(self._dense)
 
+    def add_nested(self, name: str, matrix: NestedMatrix, first: int = 0) -> None:
+        """Write tiles `first`… of a dense matrix, all bits of it; a large one may come in pieces, ascending."""
+        if matrix.bits != self.bits:
+            raise ContainerError(f"{self.dst}: dense matrix {shown(name)} has {matrix.bits} bits, expected {self.bits}")
+        for kind, array in matrix.arrays.items():
+            self.add_dense(f"{name}.{kind}", array, first)
+
     def add_expert(self, layer: int, index: int, matrices: Mapping[str, NestedMatrix]) -> None:
-        """Write the record of one expert from its "gate", "up" and "down", all eight bits of each."""
-        self.add_record(layer, index, pack_record(self.record, matrices))
+        """Write the record of one expert from its "gate", "up" and "down", all bits of each."""
+        self.add_record(layer, index, pack_record(self.record, matrices, self.bits))
 
     def add_record(self, layer: int, index: int, record: U8) -> None:
-        """Write a record uint8 [record_bytes] as `pack_record` makes it."""
+        """Write a record uint8 [prefix_bytes(bits)] as `pack_record` makes it."""
         record = np.ascontiguousarray(record)
         if layer not in self._layers or not 0 <= index < self.experts:
             raise ContainerError(f"{self.dst}: has no place for layer {layer} expert {index}")
-        if record.shape != (self.record.record_bytes,) or record.dtype != np.uint8:
+        expected = self.record.prefix_bytes(self.bits)
+        if record.shape != (expected,) or record.dtype != np.uint8:
             raise ContainerError(
                 f"{self.dst}: layer {layer} expert {index} is {record.dtype} {list(record.shape)},"
-                f" a record is uint8 [{self.record.record_bytes}]"
+                f" a record is uint8 [{expected}]"
             )
         file, crcs, at = self._layers[layer], [], 0
         self._write(file, record, len(file.header) + index * self.record.record_bytes)
         for segment in SEGMENTS:
             n_bytes = self.record.segment_bytes(segment)
-            crcs.append(zlib.crc32(record[at : at + n_bytes].data))
+            crcs.append(zlib.crc32(record[at : at + n_bytes].data) if at < expected else crc_of_zeros(n_bytes))
             at += n_bytes
         self._note({"layer": layer, "expert": index, "crc": crcs})
         if len(self.done_experts(layer)) == self.experts:
@@ -288,7 +314,7 @@ class ContainerWriter:
         write_at(file.fd, data, offset, file.path, self.missing_bytes)
 
     def _create(self, file: _File) -> None:
-        """Open a weight file if it is not, reserve its whole size on the disk, and write its header."""
+        """Open a weight file if it is not, reserve its whole size on the disk if it has no holes, and write its header."""
         if file.fd < 0:
             self._guarded(file.path, lambda: self._reserve(file))
 
@@ -296,7 +322,8 @@ class ContainerWriter:
         fd = os.open(file.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             try:
-                os.posix_fallocate(fd, 0, file.n_bytes)
+                if self.bits == MAX_BITS:
+                    os.posix_fallocate(fd, 0, file.n_bytes)
             except OSError as e:
                 if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                     raise

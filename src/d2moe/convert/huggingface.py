@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,10 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from d2moe.container.files import parse_json, read_small, shown
-from d2moe.container.layout import PROJECTIONS
+from d2moe.container.layout import PROJECTIONS, MatrixLayout, Tensors
 from d2moe.container.safetensors_header import SafetensorsFile, as_float32
 from d2moe.errors import CheckpointError
 from d2moe.models import SourceNames, family, shape_from_config
+from d2moe.models.config import Source
 from d2moe.types import ModelShape
 
 F32 = npt.NDArray[np.float32]
@@ -31,8 +32,8 @@ F32 = npt.NDArray[np.float32]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("BF16", "F16", "F32")
 MAX_JSON_BYTES = 1 << 28
-MAX_WEIGHT = 65504.0 / 2
-"""Largest magnitude of a quantised weight: a group's range, up to twice that, is stored in float16."""
+MAX_WEIGHT = float(np.finfo(np.float32).max) / 2
+"""Largest magnitude of a quantised weight: a group's range, up to twice that, must be finite in float32."""
 PIECE_BYTES = 8 << 20
 """Float32 bytes of a piece of a large tensor."""
 SAMPLES, SAMPLE_BYTES = 64, 4096
@@ -51,6 +52,23 @@ COMPANIONS = (
     "generation_config.json",
     "LICENSE",
 )
+
+
+def target_shape(canonical: str, source: Source) -> tuple[int, ...]:
+    """Shape in the container: that of the source, but [n] for a linear layer with one output, [1, n]."""
+    shape = source.shape
+    return shape[1:] if len(shape) == 2 and shape[0] == 1 and canonical.endswith(".mix") else shape
+
+
+def dense_tensors(sources: Mapping[str, Source], group: int) -> Tensors:
+    """What the dense file of a model with these tensors holds, in file order: nine arrays of each quantised matrix."""
+    out: Tensors = {}
+    for name, source in sources.items():
+        if source.quantized:
+            out |= MatrixLayout(source.shape[0], source.shape[1], group).tensors(name)
+        else:
+            out[name] = ("F32", target_shape(name, source))
+    return out
 
 
 @dataclass(frozen=True)
@@ -249,9 +267,8 @@ class Checkpoint:
         return math.prod(self.names.dense[canonical].shape)
 
     def target_shape(self, canonical: str) -> tuple[int, ...]:
-        """Shape in the container: that of the source, but [n] for a linear layer with one output, [1, n]."""
-        shape = self.names.dense[canonical].shape
-        return shape[1:] if len(shape) == 2 and shape[0] == 1 and canonical.endswith(".mix") else shape
+        """Shape of a float tensor in the container."""
+        return target_shape(canonical, self.names.dense[canonical])
 
     def companions(self) -> dict[str, bytes]:
         """The small files that go along byte for byte, config.json first."""
@@ -359,7 +376,7 @@ def _check_values(values: F32, place: Place, limit: float, at: tuple[int, ...] =
         first = [*at[:-1], at[-1] + first[0], *first[1:]]
     if math.isfinite(found):
         raise CheckpointError(
-            f"{place} has {found:g} at {first}, expected at most {limit:,.0f}, what a float16 scale can hold; "
+            f"{place} has {found:g} at {first}, expected at most {limit:.4g}, so that ranges fit float32; "
             "is the checkpoint damaged?"
         )
     raise CheckpointError(f"{place} has {found} at {first}, expected finite weights; is the checkpoint damaged?")

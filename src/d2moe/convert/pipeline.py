@@ -14,12 +14,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
-from d2moe import planes
-from d2moe.container import ContainerWriter, MatrixLayout, NestedMatrix, RecordLayout
+from d2moe.container import ContainerWriter, NestedMatrix, RecordLayout
 from d2moe.container.manifest import GROUPS
-from d2moe.convert.huggingface import Checkpoint
+from d2moe.convert.huggingface import F32, Checkpoint, dense_tensors
 from d2moe.errors import CheckpointError, ConfigError
 from d2moe.kernels import native
 from d2moe.types import TILE_ROWS
@@ -84,28 +81,15 @@ def convert(
 
 def _writer(checkpoint: Checkpoint, dst: Path, group: int, ignored: Collection[str]) -> ContainerWriter:
     shape = checkpoint.shape
-    dense: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, source in checkpoint.names.dense.items():
-        if source.quantized:
-            m = MatrixLayout(source.shape[0], source.shape[1], group)
-            dense[f"{name}.codes"] = ("U8", (m.tiles, m.groups, group // 4, 64))
-            dense[f"{name}.affine"] = ("F16", (m.tiles, m.groups, 2, TILE_ROWS))
-        else:
-            dense[name] = ("F32", checkpoint.target_shape(name))
     return ContainerWriter(
         dst,
         record=RecordLayout(shape.hidden, shape.expert_inner, group),
         layers=shape.moe_layers,
         experts=shape.experts,
-        dense=dense,
+        dense=dense_tensors(checkpoint.names.dense, group),
         files=checkpoint.companions(),
         source={**checkpoint.facts(), "ignored_config_keys": sorted(set(ignored))},
-        quantizer={
-            "name": "nearest-joint-clip",
-            "group": group,
-            "clips": len(planes.CLIPS),
-            "search_widths": list(planes.SEARCH_WIDTHS),
-        },
+        quantizer={"name": "range", "group": group},
     )
 
 
@@ -124,8 +108,8 @@ class _Job:
         self.done += sum(checkpoint.weights(name) for name in checkpoint.names.dense if self._has_dense(name))
 
     def _has_dense(self, name: str) -> bool:
-        parts = [f"{name}.codes", f"{name}.affine"] if self.checkpoint.names.dense[name].quantized else [name]
-        return all(self.writer.is_dense_done(part) for part in parts)
+        is_nested = self.checkpoint.names.dense[name].quantized
+        return self.writer.is_nested_done(name) if is_nested else self.writer.is_dense_done(name)
 
     def run(self) -> None:
         """Everything that is not there yet, in file order."""
@@ -150,19 +134,19 @@ class _Job:
         self.progress.advance(weights, text)
 
     def _linear(self, name: str) -> None:
-        """Eight bits flat; pieces of whole tiles, so that codes and scales are those of the whole matrix."""
+        """In pieces of whole tiles: what is encoded of them is what is encoded of the whole matrix."""
         tile = 0
         for piece in self.checkpoint.linear_pieces(name, TILE_ROWS):
-            tiles, affine = native.encode(piece, self._group, self._threads)
-            self.writer.add_dense(f"{name}.codes", tiles, tile)
-            self.writer.add_dense(f"{name}.affine", affine.view(np.float16), tile)
-            tile += len(tiles)
+            matrix = self._encode(piece)
+            self.writer.add_nested(name, matrix, tile)
+            tile += len(matrix.row_scale)
             self._advance(piece.size, name)
 
     def _expert(self, layer: int, index: int) -> None:
-        matrices = {}
-        for projection, weights in self.checkpoint.read_expert(layer, index):
-            tiles, affine = native.encode(weights, self._group, self._threads)
-            base, further = native.pack(tiles)
-            matrices[projection] = NestedMatrix(affine.view(np.float16), base, list(further))
+        matrices = {name: self._encode(weights) for name, weights in self.checkpoint.read_expert(layer, index)}
         self.writer.add_expert(layer, index, matrices)
+
+    def _encode(self, weights: F32) -> NestedMatrix:
+        tiles, affine, row_scale = native.encode(weights, self._group, self._threads)
+        base, further = native.pack(tiles)
+        return NestedMatrix(row_scale, affine, base, list(further))

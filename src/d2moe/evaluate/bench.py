@@ -23,7 +23,8 @@ from typing import Any
 
 from d2moe.errors import ConfigError, RequestError
 from d2moe.runtime.generate import Model
-from d2moe.runtime.memory import available_bytes, peak_bytes, usable_cpus
+from d2moe.runtime.kv import BLOCK_TOKENS
+from d2moe.runtime.memory import available_bytes, kv_bytes, peak_bytes, usable_cpus
 from d2moe.runtime.request import Progress
 from d2moe.runtime.sampling import SamplingParams
 
@@ -43,10 +44,12 @@ TEXT = (
 
 @dataclass(frozen=True)
 class _Run:
-    """One repeat: seconds and counters of the prompt and of the tokens after the first."""
+    """One repeat: seconds and counters of the prompt and of the tokens after the first; `busy_s` of the latter's seconds
+    were spent in the compiled core (None for the NumPy twin)."""
 
     ttft_s: float
     decode_s: float
+    busy_s: float | None
     tokens: int
     prompt: Any
     decode: Any
@@ -70,9 +73,12 @@ def bench(
     generate: int = 64,
     repeats: int = 3,
     bits: int | None = None,
+    explain: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure; returns the JSON line's keys. What the engine does not count or the machine does not tell is None.
+
+    `explain` adds "products": [rows, columns, bits, way, products, tokens] of every matrix shape and kernel that ran.
 
     RequestError if prompt and answer do not fit the context together.
     """
@@ -86,6 +92,10 @@ def bench(
         )
     width = int(engine.config.bits if bits is None else bits)
     runs = []
+    runtime: Any = getattr(engine, "runtime", None)
+    counts = explain and hasattr(runtime, "count_products")
+    if counts:
+        runtime.count_products(True)
     for n in range(repeats):
         # Another prompt order and another seed each time: the same text again would find its own experts in memory.
         params = SamplingParams(max_tokens=generate, ignore_eos=True, bits=width, temperature=1.0, top_k=40, seed=n)
@@ -95,8 +105,12 @@ def bench(
                 runs.append(run)
             elif progress is not None:
                 progress(n * generate + run, repeats * generate)
+    products = [list(p) for p in runtime.products] if counts else None
+    if counts:
+        runtime.count_products(False)
     peak = peak_bytes()  # before the bandwidths, whose buffers are not the engine's
     used = [run.decode for run in runs]
+    busy = [run.busy_s for run in runs]
     tokens = sum(run.tokens for run in runs)
     seconds = sum(run.decode_s for run in runs)
     token_s = statistics.median(run.decode_s / run.tokens for run in runs)
@@ -121,10 +135,13 @@ def bench(
         "bits": sum(c.use_bits for c in used) / max(1, sum(c.uses for c in used)),
         "stall_share": sum(c.stall_seconds for c in used) / seconds,
         "decide_share": sum(c.decide_seconds for c in used) / seconds,
-        "python_share": python_share(model, prompt, params),
+        "python_share": None if None in busy else 1 - sum(b for b in busy if b) / seconds,
         **_limits(model, width, len(prompt) + generate / 2, read, token_s),
         "kernels": about.get("kernels"),
         "threads": about.get("threads"),
+        "dense_bits": about.get("dense_bits"),
+        "kv": about.get("kv"),
+        **({"products": products} if explain else {}),
         "context": engine.context,
         "budget": about.get("budget"),
     }
@@ -152,71 +169,33 @@ def _limits(model: Model, bits: int, position: float, read: float, token_s: floa
 def _repeat(model: Model, prompt: Sequence[int], params: SamplingParams) -> Iterator[int | _Run]:
     """The number of tokens so far after each, then the measurement."""
     before, start = model.engine.counters.snapshot(), time.perf_counter()
-    first, middle, count = 0.0, before, 0
+    first, middle, count, busy = 0.0, before, 0, _busy_ns(model)
     for _ in model.stream(prompt, params):
         count += 1
         if count == 1:
-            first, middle = time.perf_counter(), model.engine.counters.snapshot()
+            first, middle, busy = time.perf_counter(), model.engine.counters.snapshot(), _busy_ns(model)
         yield count
-    end, after = time.perf_counter(), model.engine.counters.snapshot()
-    yield _Run(first - start, end - first, count - 1, middle - before, after - middle)
+    end, after, later = time.perf_counter(), model.engine.counters.snapshot(), _busy_ns(model)
+    spent = None if busy is None or later is None else (later - busy) / 1e9
+    yield _Run(first - start, end - first, spent, count - 1, middle - before, after - middle)
 
 
-class _Timed:
-    """Stands in for an object of the compiled core and adds up the time spent in its calls."""
-
-    def __init__(self, target: Any, spent: list[float]):
-        self._target, self._spent = target, spent
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._target, name)
-        if not callable(value):
-            return value
-
-        def call(*args: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return value(*args)
-            finally:
-                self._spent[0] += time.perf_counter() - start
-
-        # Found directly the next time, so that the measuring itself costs little.
-        self.__dict__[name] = call
-        return call
-
-
-def python_share(model: Model, prompt: Sequence[int], params: SamplingParams) -> float | None:
-    """Share of a token's wall time outside the compiled core (deciding, sampling, text), by one more repeat."""
-    decoder, streamer = getattr(model.engine, "decoder", None), getattr(model.engine, "_streamer", None)
-    if decoder is None or streamer is None:
-        return None
-    spent = [0.0]
-    places = [(streamer, "experts"), (decoder, "ends")]
-    places += [(layer, name) for layer in decoder.layers for name in ("attention", "router", "feed_forward")]
-    originals = [(owner, name, getattr(owner, name)) for owner, name in places]
-    try:
-        for owner, name, target in originals:
-            if target is not None:
-                setattr(owner, name, _Timed(target, spent))
-        start = 0.0
-        for count, _ in enumerate(model.stream(prompt, params)):
-            if count == 0:
-                spent[0], start = 0.0, time.perf_counter()
-        return max(0.0, 1 - spent[0] / (time.perf_counter() - start))
-    finally:
-        for owner, name, target in originals:
-            setattr(owner, name, target)
+def _busy_ns(model: Model) -> int | None:
+    """Nanoseconds that the compiled core has spent on steps so far."""
+    decoder = getattr(model.engine, "decoder", None)
+    return None if decoder is None else decoder.program.busy_ns
 
 
 def touched_bytes(model: Model, bits: int, position: float) -> int:
     """Bytes of weights and key-value cache that one token at `position` must read at least once."""
-    container, shape = model.engine.container, model.engine.shape  # type: ignore[attr-defined]
-    dense = container.dense_bytes
+    engine: Any = model.engine
+    container, shape, config = engine.container, engine.shape, engine.config
+    dense = container.dense_bytes(config.dense_width)
     if not shape.tied_embeddings:  # one row of the embedding; tied, all of it is read as the head
-        dense -= sum(e.n_bytes for name, e in container.dense.items() if name.startswith("embed."))
+        dense -= container.nested["embed"].memory_bytes(config.dense_width)
     experts = len(container.moe_layers) * shape.top_k * container.record.prefix_bytes(bits)
     past = sum(min(position, w) if w else position for w in shape.windows)
-    return int(dense + experts + past * 2 * shape.kv_heads * shape.head_dim * 2)  # keys and values in float16
+    return int(dense + experts + past * kv_bytes(shape, config.kv, BLOCK_TOKENS, 1) / BLOCK_TOKENS / shape.layers)
 
 
 def memory_bandwidth(threads: int | None) -> float | None:

@@ -1,8 +1,8 @@
 """The NumPy twin of `d2moe.kernels.native`: slow, readable, and what the compiled classes are tested against.
 
 `Runtime(activations="int8")` quantises activations exactly as the kernels do; `"float"` multiplies the dequantised
-weights by float activations instead, which shows what the integer activations cost. Keys and values are kept as
-float16 with "int8" (as in the compiled cache) and float32 with "float".
+weights by float activations instead, which shows what the integer activations cost. Keys and values are rounded as in
+the compiled cache with "int8", and kept as they are with "float".
 """
 
 from __future__ import annotations
@@ -30,23 +30,26 @@ class Runtime:
 
 
 class Linear:
-    """Codes uint8 [tiles, groups, group/4, 64], affine float16 bits [tiles, groups, 2, 16], bias float32 [rows]."""
+    """A nested matrix at width `bits` in storage order: base and bits - 2 planes, affine, row scale, bias float32 [rows]."""
 
-    def __init__(self, rows: int, cols: int, group: int, codes: Any, affine: Any, bias: F32 | None = None):
-        self.rows, self.cols, self.group, self.bias = rows, cols, group, bias
-        self.codes = planes.untile(np.asarray(codes))
-        self.affine = planes.untile_affine(np.asarray(affine).view(np.float16))
+    def __init__(
+        self, rows: int, cols: int, group: int, bits: int, row_scale: Any, affine: Any, base: Any, more: list[Any], bias: F32 | None = None
+    ):
+        self.rows, self.cols, self.group, self.bits, self.bias = rows, cols, group, bits, bias
+        self.codes = planes.untile(planes.unpack(np.asarray(base), [np.asarray(p) for p in more]))
+        self.affine = planes.untile_affine(np.asarray(affine))
+        self.row_scale = np.asarray(row_scale).reshape(-1)
 
-    def weights(self, bits: int) -> F32:
-        return planes.dequantize(self.codes, self.affine, bits, self.rows, self.cols)
+    def weights(self) -> F32:
+        return planes.dequantize(self.codes, self.affine, self.row_scale, self.bits, self.rows, self.cols)
 
-    def multiply(self, runtime: Runtime, x: F32, bits: int = MAX_BITS) -> F32:
-        """y float32 [m, rows] = x [m, cols] times the transposed matrix at width `bits`."""
+    def multiply(self, runtime: Runtime, x: F32) -> F32:
+        """y float32 [m, rows] = x [m, cols] times the transposed matrix."""
         if runtime.activations == "float":
-            y = x @ self.weights(bits).T
+            y = x @ self.weights().T
         else:
             q, scale, total = planes.quantize_activations(x, self.group)
-            y = planes.matmul(self.codes, self.affine, bits, q, scale, total)[:, : self.rows]
+            y = planes.matmul(self.codes, self.affine, self.row_scale, self.bits, q, scale, total)[:, : self.rows]
         return np.asarray(y + self.bias if self.bias is not None else y, np.float32)
 
 
@@ -61,51 +64,62 @@ def silu(x: F32) -> F32:
 
 
 class KvCache:
-    def __init__(self, layers: int, blocks: int, block_tokens: int, kv_heads: int, head_dim: int):
-        self.block_tokens = block_tokens
+    def __init__(self, kind: str, layers: int, blocks: int, block_tokens: int, kv_heads: int, head_dim: int):
+        self.kind, self.block_tokens = kind, block_tokens
         self.data: dict[int, F32] = {}
         self.shape = (layers, 2, block_tokens, kv_heads, head_dim)
 
     def block(self, index: int) -> F32:
         return self.data.setdefault(index, np.zeros(self.shape, np.float32))
 
+    def rounded(self, x: F32) -> F32:
+        """Keys or values float32 [..., head_dim] as the compiled cache would give them back."""
+        return x.astype(np.float16).astype(np.float32) if self.kind == "f16" else round_head(x)
+
     def release(self, block: int) -> None:
         self.data.pop(block, None)
 
 
+def round_head(x: F32) -> F32:
+    """Each head float32 [..., head_dim] in steps of its largest magnitude / 127."""
+    largest = np.abs(x).max(-1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        codes = np.where(largest > planes.TINY, np.rint(x * (np.float32(127) / largest)), np.float32(0))
+    return np.asarray(codes * (largest / np.float32(127)), np.float32)
+
+
 class Attention:
-    def __init__(self, runtime: Runtime, **weights: Any):
-        self.runtime = runtime
+    def __init__(self, **weights: Any):
         self.w: dict[str, Any] = weights
 
-    def forward(self, kv: KvCache, layer: int, position: I32, sequence: I32, tables: I32, x: F32) -> None:
-        w, tokens = self.w, len(position)
+    def forward(self, step: Program, layer: int) -> None:
+        w, tokens, runtime, kv = self.w, len(step.position), step.runtime, step.kv
         heads, kv_heads, head_dim = w["heads"], w["kv_heads"], w["head_dim"]
-        rows = x.reshape(-1)[: tokens * w["norm"].size].reshape(tokens, -1)
-        h = rms_norm(rows, w["norm"], w["eps"])
-        q = self.heads_of(w["q"].multiply(self.runtime, h), w["q_norm"], heads)
-        k = self.heads_of(w["k"].multiply(self.runtime, h), w["k_norm"], kv_heads)
-        v = w["v"].multiply(self.runtime, h)
+        h = rms_norm(step.x, w["norm"], w["eps"])
+        q = self.heads_of(w["q"].multiply(runtime, h), w["q_norm"], heads)
+        k = self.heads_of(w["k"].multiply(runtime, h), w["k_norm"], kv_heads)
+        v = w["v"].multiply(runtime, h)
         v = (np.clip(v, -w["clip"], w["clip"]) if w["clip"] > 0 else v).reshape(tokens, kv_heads, head_dim)
-        angle = position[:, None].astype(np.float32) * w["inverse_frequency"]
-        cos, sin = (f(angle)[:, None] * np.float32(w["rope_scale"]) for f in (np.cos, np.sin))
+        angle = step.position[:, None].astype(np.float32) * step.inverse_frequency
+        cos, sin = (f(angle)[:, None] * np.float32(step.rope_scale) for f in (np.cos, np.sin))
         q, k = (np.concatenate([a * cos - b * sin, b * cos + a * sin], -1) for a, b in (np.split(y, 2, -1) for y in (q, k)))
-        if self.runtime.activations == "int8":
-            k, v = k.astype(np.float16), v.astype(np.float16)
+        if runtime.activations == "int8":
+            k, v = kv.rounded(k), kv.rounded(v)
+            q = round_head(q) if kv.kind == "q8" else q
         mixed = np.zeros((tokens, heads, head_dim), np.float32)
         for t in range(tokens):
-            p, table = int(position[t]), tables[sequence[t]]
+            p, table = int(step.position[t]), step.tables[step.sequence[t]]
             block = kv.block(int(table[p // kv.block_tokens]))
             block[layer, 0, p % kv.block_tokens], block[layer, 1, p % kv.block_tokens] = k[t], v[t]
         for t in range(tokens):
-            p, table = int(position[t]), tables[sequence[t]]
+            p, table = int(step.position[t]), step.tables[step.sequence[t]]
             first = max(p - w["window"] + 1, 0) if w["window"] else 0
             past = np.concatenate([kv.block(int(b))[layer] for b in table[: p // kv.block_tokens + 1]], axis=1)
             keys, values = np.repeat(past[:, first : p + 1], heads // kv_heads, axis=2)
             scores = np.einsum("hd,nhd->hn", q[t], keys) / np.float32(np.sqrt(head_dim))
             scores = np.exp(scores - scores.max(-1, keepdims=True))
             mixed[t] = np.einsum("hn,nhd->hd", scores / scores.sum(-1, keepdims=True), values)
-        rows += w["o"].multiply(self.runtime, mixed.reshape(tokens, -1))
+        step.x += w["o"].multiply(runtime, mixed.reshape(tokens, -1))
 
     def heads_of(self, y: F32, norm: F32 | None, heads: int) -> F32:
         w = self.w
@@ -119,52 +133,99 @@ class Attention:
 
 
 class Router:
-    def __init__(self, runtime: Runtime, norm: F32, weight: F32, top_k: int, normalise: bool, eps: float):
+    def __init__(self, norm: F32, weight: F32, top_k: int, normalise: bool, eps: float):
         self.norm, self.weight, self.top_k, self.normalise, self.eps = norm, weight, top_k, normalise, eps
 
-    def forward(self, tokens: int, x: F32, h: F32, ids: I32, gates: F32) -> None:
-        hidden = self.norm.size
-        normed = rms_norm(x.reshape(-1)[: tokens * hidden].reshape(tokens, hidden), self.norm, self.eps)
-        h.reshape(-1)[: tokens * hidden] = normed.reshape(-1)
-        logits = normed @ self.weight.T
+    def forward(self, x: F32) -> tuple[F32, I32, F32]:
+        """Normed input [tokens, hidden], experts and gates [tokens, top_k]."""
+        h = rms_norm(x, self.norm, self.eps)
+        logits = h @ self.weight.T
         p = np.exp(logits - logits.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
-        best = np.argsort(-p, axis=-1, kind="stable")[:, : self.top_k]
+        best = np.argsort(-p, axis=-1, kind="stable")[:, : self.top_k].astype(np.int32)
         gate = np.take_along_axis(p, best, -1)
-        if self.normalise:
-            gate = gate / gate.sum(-1, keepdims=True)
-        ids.reshape(-1)[: best.size] = best.reshape(-1)
-        gates.reshape(-1)[: best.size] = gate.reshape(-1)
+        return h, best, np.asarray(gate / gate.sum(-1, keepdims=True) if self.normalise else gate, np.float32)
 
 
 class FeedForward:
-    def __init__(self, runtime: Runtime, gate: Linear, up: Linear, down: Linear, mix: F32 | None, norm: F32 | None, eps: float):
-        self.runtime, self.gate, self.up, self.down, self.mix, self.norm, self.eps = runtime, gate, up, down, mix, norm, eps
+    def __init__(self, gate: Linear, up: Linear, down: Linear, mix: F32 | None, norm: F32 | None, eps: float):
+        self.gate, self.up, self.down, self.mix, self.norm, self.eps = gate, up, down, mix, norm, eps
 
-    def forward(self, tokens: int, h: F32, x: F32) -> None:
-        hidden = self.gate.cols
-        rows = x.reshape(-1)[: tokens * hidden].reshape(tokens, hidden)
-        normed = h.reshape(-1)[: tokens * hidden].reshape(tokens, hidden)
+    def forward(self, runtime: Runtime, h: F32, x: F32) -> None:
         if self.norm is not None:
-            normed[:] = rms_norm(rows, self.norm, self.eps)
-        inner = silu(self.gate.multiply(self.runtime, normed)) * self.up.multiply(self.runtime, normed)
-        y = self.down.multiply(self.runtime, inner)
-        rows += y / (1 + np.exp(-(normed @ self.mix)))[:, None] if self.mix is not None else y
+            h = rms_norm(x, self.norm, self.eps)
+        inner = silu(self.gate.multiply(runtime, h)) * self.up.multiply(runtime, h)
+        y = self.down.multiply(runtime, inner)
+        x += y / (1 + np.exp(-(h @ self.mix)))[:, None] if self.mix is not None else y
 
 
-class Ends:
-    def __init__(self, runtime: Runtime, embedding: Linear, head: Linear, norm: F32, eps: float):
-        self.runtime, self.embedding, self.head, self.norm, self.eps = runtime, embedding, head, norm, eps
+class Program:
+    """A step through all layers; see csrc/program.h."""
 
-    def embed(self, ids: I32, x: F32) -> None:
+    busy_ns = None
+
+    def __init__(self, runtime: Runtime, **facts: Any):
+        self.runtime, self.kv, self.experts = runtime, facts["kv"], facts["experts"]
+        self.embedding, self.head, self.norm, self.eps = (facts[k] for k in ("embedding", "head", "norm", "eps"))
+        self.inverse_frequency = np.asarray(facts["inverse_frequency"], np.float32)
+        self.rope_scale, self.ids, self.bits = facts["rope_scale"], facts["ids"], facts["bits"]
+        self.layers: list[tuple[Attention, Router | None, FeedForward | None, int]] = []
+        self.next, self.routed, self.wanted_bytes = 0, False, 0
+        self.notes: list[tuple[int, I32, I32]] = []
+
+    def add_layer(self, attention: Attention, router: Router | None, feed_forward: FeedForward | None) -> None:
+        moe_index = sum(known is not None for _, known, _, _ in self.layers)
+        self.layers.append((attention, router, feed_forward, moe_index))
+
+    def start(self, tokens: I32, position: I32, sequence: I32, tables: I32) -> None:
+        self.position, self.sequence, self.tables = position, sequence, tables
         e = self.embedding
-        rows = planes.dequantize(e.codes[ids], e.affine[ids], MAX_BITS, len(ids), e.cols)
-        x.reshape(-1)[: rows.size] = rows.reshape(-1)
+        self.x = planes.dequantize(e.codes[tokens], e.affine[tokens], e.row_scale[tokens], e.bits, len(tokens), e.cols)
+        self.next, self.routed = 0, False
 
-    def logits(self, tokens: int, x: F32, out: F32) -> None:
-        rows = x.reshape(-1)[: tokens * self.norm.size].reshape(tokens, -1)
-        y = self.head.multiply(self.runtime, rms_norm(rows, self.norm, self.eps))
-        out.reshape(-1)[: y.size] = y.reshape(-1)
+    def run(self) -> int:
+        n = len(self.position)
+        while self.next < len(self.layers):
+            attention, router, feed_forward, moe = self.layers[self.next]
+            if not self.routed:
+                attention.forward(self, self.next)
+                if router is None:
+                    assert feed_forward is not None, "a layer without a router has a dense block"
+                    feed_forward.forward(self.runtime, self.x, self.x)
+                    self.next += 1
+                    continue
+                self.h, self.ids[moe, :n], self.gates = router.forward(self.x)
+                self.routed, self.begun = True, False
+                widest = np.zeros(self.experts.f["experts"], np.int32)
+                np.maximum.at(widest, self.ids[moe, :n].reshape(-1), self.bits[:n].reshape(-1))
+                self.wanted_bytes += sum(self.experts.prefix_bytes(int(bits)) for bits in widest)
+                if any(self.experts.width(moe, int(expert)) < widest[expert] for expert in np.flatnonzero(widest)):
+                    return moe
+                self.notes.append((moe, self.ids[moe : moe + 1, :n].copy(), self.bits[:n].copy()))
+            self.compute(None)
+            self.experts.finish(self.gates, self.x)
+            self.next, self.routed = self.next + 1, False
+        return -1
+
+    def compute(self, experts: I32 | None) -> None:
+        _, _, feed_forward, moe = self.layers[self.next]
+        if not self.begun:
+            n = len(self.position)
+            self.experts.begin(moe, self.h, self.ids[moe, :n], self.bits[:n])
+            if feed_forward is not None:
+                feed_forward.forward(self.runtime, self.h, self.x)
+            self.begun = True
+        self.experts.compute(experts)
+
+    def take_notes(self) -> list[tuple[int, I32, I32]]:
+        notes, self.notes = self.notes, []
+        return notes
+
+    def logits(self, rows: I32, out: F32) -> None:
+        out[:] = self.head.multiply(self.runtime, rms_norm(self.x[rows], self.norm, self.eps))
+
+    def abandon(self) -> None:
+        self.next, self.routed = len(self.layers), False
 
 
 class Experts:
@@ -201,53 +262,53 @@ class Experts:
     def prefix_bytes(self, bits: int) -> int:
         return int(self.f["base_bytes"] + (bits - BASE_BITS) * self.f["plane_bytes"]) if bits else 0
 
-    def begin(self, layer: int, tokens: int, top_k: int, h: F32, ids: I32, bits: I32) -> None:
-        hidden = self.f["hidden"]
-        self.layer, self.h = layer, h.reshape(-1)[: tokens * hidden].reshape(tokens, hidden).copy()
-        self.ids = ids.reshape(-1)[: tokens * top_k].reshape(tokens, top_k).copy()
-        self.bits = bits.reshape(-1)[: tokens * top_k].reshape(tokens, top_k).copy()
-        self.out = np.full((tokens, top_k, hidden), np.nan, np.float32)
+    def begin(self, layer: int, h: F32, ids: I32, bits: I32) -> None:
+        self.layer, self.h, self.ids, self.bits = layer, h.copy(), ids.copy(), bits.copy()
+        self.out = np.full((*ids.shape, h.shape[1]), np.nan, np.float32)
 
-    def compute(self, experts: I32 | None = None) -> None:
-        for expert in np.unique(self.ids) if experts is None else experts:
+    def compute(self, experts: I32 | None) -> None:
+        """All that was not computed yet, for None."""
+        missing = np.isnan(self.out[..., 0])
+        for expert in np.unique(self.ids[missing]) if experts is None else experts:
             for bits in np.unique(self.bits[self.ids == expert]):
                 if self.width(self.layer, int(expert)) < bits:
                     raise RuntimeError(f"layer {self.layer} expert {expert} is not resident at {bits} bits")
                 token, rank = np.nonzero((self.ids == expert) & (self.bits == bits))
                 gate, up, down = self.matrices(self.layer, int(expert), int(bits))
-                inner = silu(gate.multiply(self.runtime, self.h[token], int(bits))) * up.multiply(
-                    self.runtime, self.h[token], int(bits)
-                )
-                self.out[token, rank] = down.multiply(self.runtime, inner, int(bits))
+                inner = silu(gate.multiply(self.runtime, self.h[token])) * up.multiply(self.runtime, self.h[token])
+                self.out[token, rank] = down.multiply(self.runtime, inner)
 
-    def finish(self, tokens: int, top_k: int, gates: F32, x: F32) -> None:
-        rows = x.reshape(-1)[: tokens * self.f["hidden"]].reshape(tokens, -1)
-        total = np.zeros_like(rows)
-        for k in range(top_k):
-            total = total + gates.reshape(-1)[: tokens * top_k].reshape(tokens, top_k)[:, k, None] * self.out[:, k]
-        rows += total
+    def finish(self, gates: F32, x: F32) -> None:
+        total = np.zeros_like(x)
+        for k in range(gates.shape[1]):
+            total = total + gates[:, k, None] * self.out[:, k]
+        x += total
         self.calls += 1
 
     def abandon(self) -> None:
         pass  # nothing outlives a call here
 
     def matrices(self, layer: int, expert: int, bits: int) -> list[Linear]:
+        """Gate, up and down as they lie in the record (docs/format.md, "Expert records")."""
         f, group = self.f, self.f["group"]
-        record = self.prefix_bytes(MAX_BITS)
         with Path(f["paths"][layer]).open("rb") as file:
-            file.seek(f["offsets"][layer] + expert * record)
+            file.seek(f["offsets"][layer] + expert * self.prefix_bytes(MAX_BITS))
             data = np.frombuffer(file.read(self.prefix_bytes(bits)), np.uint8)
         shapes = [(f["inner"], f["hidden"])] * 2 + [(f["hidden"], f["inner"])]
         blocks = [(-(-rows // 16), -(-cols // group)) for rows, cols in shapes]
-        out, at, affines = [], 0, []
-        for t, g in blocks:
-            affines.append(data[at : at + t * g * 64].view(np.float16).reshape(t, g, 2, 16))
-            at += t * g * 64
-        for i, (t, g) in enumerate(blocks):
-            base = data[at : at + t * g * group * 4].reshape(t, g, group // 16, 64)
-            at += base.size
-            before = sum(a * b for a, b in blocks[:i]) * group * 2
-            starts = [f["base_bytes"] + p * f["plane_bytes"] + before for p in range(bits - BASE_BITS)]
-            extra = [data[s : s + t * g * group * 2].reshape(t, g, group // 32, 64) for s in starts]
-            out.append(Linear(*shapes[i], group, planes.unpack(base, extra), affines[i]))
-        return out
+        at = 0
+
+        def cut(n_bytes: int) -> Any:
+            nonlocal at
+            at += n_bytes
+            return data[at - n_bytes : at]
+
+        bases = [cut(t * g * group * 4).reshape(t, g, group // 16, 64) for t, g in blocks]
+        rows = [cut(t * 64).view(np.float32) for t, _ in blocks]
+        affines = [cut(t * g * 32).reshape(t, g, 2, 16) for t, g in blocks]
+        more: list[list[Any]] = [[], [], []]
+        for p in range(bits - BASE_BITS):
+            at = f["base_bytes"] + p * f["plane_bytes"]
+            for i, (t, g) in enumerate(blocks):
+                more[i].append(cut(t * g * group * 2).reshape(t, g, group // 32, 64))
+        return [Linear(*shapes[i], group, bits, rows[i], affines[i], bases[i], more[i]) for i in range(3)]

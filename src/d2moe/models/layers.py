@@ -5,6 +5,9 @@ A family differs in its `ModelShape` and in its tensor names only; the flow is t
     x = embed(tokens)
     per layer:  x += attention(norm(x));  h = norm(x);  x += shared_expert(h) + Σ gate_i * expert_i(h)
     logits = head(norm(x))
+
+The back end's `Program` holds all layers and runs through them by itself; it comes back where a layer's experts are not
+all in memory, so that their reading can be planned.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2moe.models.rope import attention_scale, inverse_frequencies
-from d2moe.types import ModelShape
+from d2moe.types import MAX_BITS, ModelShape
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -29,14 +32,8 @@ class Weights(Protocol):
     """Where dense weights come from: a container, or anything that answers by canonical name."""
 
     def read_dense(self, name: str) -> npt.NDArray[Any]: ...
+    def read_nested(self, name: str, bits: int, allocate: Callable[[int], npt.NDArray[np.uint8]] | None = None) -> Any: ...
     def has(self, name: str) -> bool: ...
-
-
-class ExpertStream(Protocol):
-    """What a layer needs of the part that brings experts: reads start at `start`, the result is added at `finish`."""
-
-    def start(self, moe_index: int, tokens: int, h: F32, ids: I32) -> None: ...
-    def finish(self, tokens: int, gates: F32, x: F32) -> None: ...
 
 
 @dataclass
@@ -48,16 +45,22 @@ class Places:
     tables: I32
 
 
-@dataclass
-class Layer:
-    attention: Any
-    router: Any | None
-    feed_forward: Any | None  # the whole block of a dense layer, or the shared expert of an MoE layer
-    moe_index: int
+@dataclass(frozen=True)
+class DenseOptions:
+    """`bits`: width of the dense weights in memory; `group`: columns that share a step and a zero; `allocate(n_bytes)` gives
+    the memory of each array, uint8 [n_bytes] at a multiple of 64 bytes."""
+
+    bits: int
+    group: int
+    allocate: Callable[[int], npt.NDArray[np.uint8]] | None = None
 
 
 class Decoder:
-    """All resident weights of a model, and its forward pass. Buffers hold up to `max_tokens` rows."""
+    """All resident weights of a model, and its steps of up to `max_tokens` tokens.
+
+    A step is `start`, then `run` until it says -1, then `logits`. `bits` int32 [max_tokens, top_k] says before `start` how
+    wide each expert choice shall be; `ids` int32 [moe_layers, max_tokens, top_k] tells afterwards which experts were chosen.
+    """
 
     def __init__(
         self,
@@ -65,43 +68,66 @@ class Decoder:
         runtime: Any,
         shape: ModelShape,
         weights: Weights,
-        group: int,
+        dense: DenseOptions,
         max_tokens: int,
+        kv: Any,
+        experts: Any,
         on_layer: Callable[[int], None] | None = None,
     ):
         self.shape, self.max_tokens = shape, max_tokens
-        self._backend, self._runtime, self._weights, self._group = backend, runtime, weights, group
+        self._backend, self._weights, self._dense = backend, weights, dense
+        self.bits = np.full((max_tokens, shape.top_k), MAX_BITS, np.int32)
+        self.ids = np.zeros((len(shape.moe_layers), max_tokens, shape.top_k), np.int32)
         embedding = self._linear("embed", shape.vocab, shape.hidden)
         head = embedding if shape.tied_embeddings else self._linear("head", shape.vocab, shape.hidden)
-        self.ends = backend.Ends(runtime, embedding, head, weights.read_dense("final_norm"), shape.rms_eps)
-        self.layers = []
+        self.program = backend.Program(
+            runtime,
+            embedding=embedding,
+            head=head,
+            norm=weights.read_dense("final_norm"),
+            eps=shape.rms_eps,
+            inverse_frequency=inverse_frequencies(shape.rope, shape.head_dim).tolist(),
+            rope_scale=attention_scale(shape.rope),
+            kv=kv,
+            experts=experts,
+            ids=self.ids,
+            bits=self.bits,
+        )
         for index in range(shape.layers):
-            self.layers.append(self._layer(index))
+            self._add_layer(index)
             if on_layer:
                 on_layer(index)
-        self.x = np.zeros((max_tokens, shape.hidden), np.float32)
-        self.h = np.zeros((max_tokens, shape.hidden), np.float32)
-        self.ids = np.zeros((max_tokens, shape.top_k), np.int32)
-        self.gates = np.zeros((max_tokens, shape.top_k), np.float32)
 
     def _linear(self, name: str, rows: int, cols: int) -> Any:
-        w = self._weights
+        w, dense = self._weights, self._dense
         bias = w.read_dense(f"{name}_bias") if w.has(f"{name}_bias") else None
-        affine = w.read_dense(f"{name}.affine").view(np.uint16)
-        return self._backend.Linear(rows, cols, self._group, w.read_dense(f"{name}.codes"), affine, bias)
+        m = w.read_nested(name, dense.bits, dense.allocate)
+        return self._backend.Linear(rows, cols, dense.group, dense.bits, m.row_scale, m.affine, m.base, m.planes, bias)
 
     def _feed_forward(self, name: str, inner: int, mix: F32 | None, norm: F32 | None) -> Any:
         hidden = self.shape.hidden
         gate, up = self._linear(f"{name}.gate", inner, hidden), self._linear(f"{name}.up", inner, hidden)
         down = self._linear(f"{name}.down", hidden, inner)
-        return self._backend.FeedForward(self._runtime, gate, up, down, mix, norm, self.shape.rms_eps)
+        return self._backend.FeedForward(gate, up, down, mix, norm, self.shape.rms_eps)
 
-    def _layer(self, index: int) -> Layer:
+    def _add_layer(self, index: int) -> None:
+        s, w, name = self.shape, self._weights, f"layers.{index}"
+        norm = w.read_dense(f"{name}.mlp_norm")
+        router = feed_forward = None
+        if index not in s.moe_layers:
+            feed_forward = self._feed_forward(f"{name}.mlp", s.dense_inner, None, norm)
+        else:
+            router = self._backend.Router(norm, w.read_dense(f"{name}.router"), s.top_k, s.norm_top_k, s.rms_eps)
+            if s.shared_inner:
+                mix = w.read_dense(f"{name}.shared.mix")
+                feed_forward = self._feed_forward(f"{name}.shared", s.shared_inner, mix, None)
+        self.program.add_layer(self._attention(index), router, feed_forward)
+
+    def _attention(self, index: int) -> Any:
         s, w, name = self.shape, self._weights, f"layers.{index}"
         q_dim, kv_dim = s.heads * s.head_dim, s.kv_heads * s.head_dim
         normed = s.qk_norm != "none"
-        attention = self._backend.Attention(
-            self._runtime,
+        return self._backend.Attention(
             heads=s.heads,
             kv_heads=s.kv_heads,
             head_dim=s.head_dim,
@@ -109,7 +135,6 @@ class Decoder:
             qk_norm=QK_NORMS[s.qk_norm],
             eps=s.rms_eps,
             clip=s.clip_qkv or 0.0,
-            rope_scale=attention_scale(s.rope),
             norm=w.read_dense(f"{name}.attn_norm"),
             q=self._linear(f"{name}.attn.q", q_dim, s.hidden),
             k=self._linear(f"{name}.attn.k", kv_dim, s.hidden),
@@ -117,39 +142,23 @@ class Decoder:
             o=self._linear(f"{name}.attn.o", s.hidden, q_dim),
             q_norm=w.read_dense(f"{name}.attn.q_norm") if normed else None,
             k_norm=w.read_dense(f"{name}.attn.k_norm") if normed else None,
-            inverse_frequency=inverse_frequencies(s.rope, s.head_dim),
         )
-        norm = w.read_dense(f"{name}.mlp_norm")
-        if index not in s.moe_layers:
-            return Layer(attention, None, self._feed_forward(f"{name}.mlp", s.dense_inner, None, norm), -1)
-        router = self._backend.Router(self._runtime, norm, w.read_dense(f"{name}.router"), s.top_k, s.norm_top_k, s.rms_eps)
-        shared = None
-        if s.shared_inner:
-            mix = w.read_dense(f"{name}.shared.mix")
-            shared = self._feed_forward(f"{name}.shared", s.shared_inner, mix, None)
-        return Layer(attention, router, shared, s.moe_layers.index(index))
 
-    def forward(self, tokens: I32, places: Places, kv: Any, experts: ExpertStream, rows: I32 | None) -> F32:
-        """Logits float32 [len(rows), vocab] of the given rows of this step (none for an empty list).
+    def start(self, tokens: I32, places: Places) -> None:
+        """Begin a step with `tokens` int32 [n]; their keys and values will be appended to the cache."""
+        self.program.start(tokens, places.position, places.sequence, places.tables)
 
-        `tokens` int32 [n], n at most `max_tokens`; keys and values are appended to `kv`.
-        """
-        n, x, h, ids, gates = len(tokens), self.x, self.h, self.ids, self.gates
-        self.ends.embed(tokens, x)
-        for index, layer in enumerate(self.layers):
-            layer.attention.forward(kv, index, places.position, places.sequence, places.tables, x)
-            if layer.router is None:
-                assert layer.feed_forward is not None, "a layer without a router has a dense block"
-                layer.feed_forward.forward(n, h, x)
-                continue
-            layer.router.forward(n, x, h, ids, gates)
-            experts.start(layer.moe_index, n, h, ids)
-            if layer.feed_forward is not None:  # computed while the first planes are on their way
-                layer.feed_forward.forward(n, h, x)
-            experts.finish(n, gates, x)
-        if rows is None or not len(rows):
-            return np.zeros((0, self.shape.vocab), np.float32)
-        chosen = x[:n] if len(rows) == n else np.ascontiguousarray(x[rows])
+    def run(self) -> int:
+        """Go on; -1 at the end, else the MoE layer (counted among those) that waits for reads of its experts."""
+        return int(self.program.run())
+
+    def compute(self, experts: I32) -> None:
+        """Compute some experts of the layer that waits, as they arrive; `run` computes the rest."""
+        self.program.compute(experts)
+
+    def logits(self, rows: I32) -> F32:
+        """Logits float32 [len(rows), vocab] of the given rows of the finished step."""
         out = np.empty((len(rows), self.shape.vocab), np.float32)
-        self.ends.logits(len(rows), chosen, out)
+        if len(rows):
+            self.program.logits(rows, out)
         return out

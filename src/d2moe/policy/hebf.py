@@ -19,31 +19,35 @@ I32 = npt.NDArray[np.int32]
 _NOTHING = np.zeros((0, 3), np.int32)
 
 
+def demand(ids: I32, bits: I32, experts: int) -> tuple[I32, I32, I32]:
+    """What `ids` and widths `bits`, int32 [tokens, top_k], want of a layer: each expert once, the most bits that any token wants
+    of it and the number of tokens, int32 [n] each; `experts` are all of a layer."""
+    if len(ids) == 1:  # a router names an expert once
+        return ids[0], bits[0], np.ones(len(ids[0]), np.int32)
+    counts = np.bincount(ids.reshape(-1), minlength=experts)
+    most = np.zeros(experts, np.int32)
+    np.maximum.at(most, ids.reshape(-1), bits.reshape(-1))
+    found = np.flatnonzero(counts).astype(np.int32)
+    return found, most[found], counts[found].astype(np.int32)
+
+
 def plan(ledger: Ledger, layer: int, ids: I32, bits: I32) -> Plan:
     """Plan one layer for expert choices `ids` and widths `bits`, both int32 [tokens, top_k]; updates the ledger.
 
     Raises MemoryBudgetError if the limit does not hold even one expert at its width.
     """
-    if len(ids) == 1:
-        experts, widths, demand = ids[0], bits[0], None
-    else:
-        counts = np.bincount(ids.reshape(-1), minlength=ledger.experts)
-        most = np.zeros(ledger.experts, np.int32)
-        np.maximum.at(most, ids.reshape(-1), bits.reshape(-1))
-        experts = np.flatnonzero(counts).astype(np.int32)
-        widths, demand = most[experts], counts[experts]
+    experts, widths, tokens = demand(ids, bits, ledger.experts)
     have = ledger.width[layer, experts]
-    wanted = int(ledger.prefix_bytes[widths].sum())
-    ledger.touch(layer, experts, widths)
+    ledger.touch(layer, ids[None].copy(), bits.copy())
     if (have >= widths).all():
-        return Plan([Wave(_NOTHING, _NOTHING, experts, 0)], wanted, 0)
-    order = np.arange(len(experts)) if demand is None else np.argsort(-demand, kind="stable")
+        return Plan([Wave(_NOTHING, _NOTHING, experts, 0)], 0)
+    order = np.argsort(-tokens, kind="stable")
     # What is resident comes first: it can be computed while the rest is read.
     order = order[np.argsort(have[order] < widths[order], kind="stable")]
     items = [(int(experts[i]), int(widths[i])) for i in order]
     waves = _waves(ledger, layer, items)
     # Counted from the reads: an early wave may have to evict what a later one wants.
-    return Plan(waves, wanted, sum(wave.read_bytes for wave in waves))
+    return Plan(waves, sum(wave.read_bytes for wave in waves))
 
 
 def _waves(ledger: Ledger, layer: int, items: list[tuple[int, int]]) -> list[Wave]:

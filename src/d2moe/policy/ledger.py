@@ -23,6 +23,8 @@ HALF_LIFE = 128
 """Layer calls after which a demand counts half; the best of 1 to 65536 within 0.3 points of hit rate (docs/log.md)."""
 SEGMENTS = MAX_BITS - BASE_BITS + 1
 VICTIM_BATCH = 128
+NOTED_CALLS = 64
+"""Runs of layer calls whose demand waits to be worked into the values; bounds what they hold."""
 
 
 class Ledger:
@@ -38,17 +40,47 @@ class Ledger:
         )  # by width in bits
         self._value = np.full((layers, experts, SEGMENTS), -np.inf)
         self._now = 0
+        self._noted: list[tuple[int, I32, I32]] = []
         self._victims: deque[tuple[int, float]] = deque()
         # Among equal values the higher plane goes first.
         self._tie = np.arange(SEGMENTS) * -1e-9
 
-    def touch(self, layer: int, experts: I32, bits: I32) -> None:
-        """Note one step's demand: distinct `experts` [n] of `layer`, each at the greatest width asked of it."""
-        self._now += 1
-        wanted = np.arange(SEGMENTS) <= (bits - BASE_BITS)[:, None]
-        old = self._value[layer, experts]
-        new = np.logaddexp2(old, self._now / HALF_LIFE)
-        self._value[layer, experts] = np.where(wanted, new, old)
+    def touch(self, first_layer: int, ids: I32, bits: I32) -> None:
+        """Note the demand of the layer calls `ids` int32 [layers, tokens, top_k] of the layers from `first_layer` on, at
+        widths `bits` [tokens, top_k]; both are kept and must not change. A plane that several tokens of a call want counts
+        once. Worked into the values when
+        they are next asked for: most steps find all in memory and never ask."""
+        self._noted.append((first_layer, ids, bits))
+        if len(self._noted) >= NOTED_CALLS:
+            self._value_noted()
+
+    def _value_noted(self) -> None:
+        """Add 2**(now/HALF_LIFE) of each noted call to the values of the planes it wanted."""
+        if not self._noted:
+            return
+        keys, widths, nows = [], [], []
+        for first, ids, bits in self._noted:
+            layers, tokens, top_k = ids.shape
+            number = np.repeat(np.arange(layers), tokens * top_k)
+            key, width = (first + number) * self.experts + ids.reshape(-1), np.tile(bits.reshape(-1), layers)
+            if tokens > 1:  # within one call only the greatest width of an expert counts
+                order = np.lexsort((-width, key))
+                key, width, number = key[order], width[order], number[order]
+                once = np.concatenate([[True], np.diff(key) != 0])
+                key, width, number = key[once], width[once], number[once]
+            keys.append(key)
+            widths.append(width)
+            nows.append(self._now + 1 + number)
+            self._now += layers
+        self._noted.clear()
+        planes, place = np.unique(np.concatenate(keys), return_inverse=True)
+        place = place * SEGMENTS + np.concatenate(widths) - BASE_BITS
+        age = (np.concatenate(nows) - self._now) / HALF_LIFE
+        weight = np.bincount(place, np.exp2(age), len(planes) * SEGMENTS).reshape(-1, SEGMENTS)
+        weight = weight[:, ::-1].cumsum(axis=1)[:, ::-1]  # who wants a plane wants all lower ones
+        values = self._value.reshape(-1, SEGMENTS)
+        with np.errstate(divide="ignore"):
+            values[planes] = np.logaddexp2(values[planes], self._now / HALF_LIFE + np.log2(weight))
 
     def grow(self, layer: int, expert: int, bits: int) -> None:
         """The expert now has (or is being read up to) `bits`."""
@@ -73,6 +105,7 @@ class Ledger:
         short = self.used_bytes + n_bytes - self.limit_bytes
         if short <= 0:
             return {}
+        self._value_noted()
         kept = sum(int(self.prefix_bytes[self.width[pinned_layer, e]]) for e in pinned)
         if self.used_bytes - kept < short:
             return None

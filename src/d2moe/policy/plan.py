@@ -28,9 +28,8 @@ class Wave:
 class Plan:
     """Waves in order; wave i+1's evictions touch nothing that wave i computes, so its reads overlap that computation.
 
-    `wanted_bytes` is what the layer asked for, `missing_bytes` what of it must be read: their ratio is the hit rate.
+    `missing_bytes` must be read of what the layer asked for.
     """
 
     waves: list[Wave] = field(default_factory=list)
-    wanted_bytes: int = 0
     missing_bytes: int = 0

@@ -14,7 +14,7 @@ from d2moe.container import Container
 from d2moe.errors import ConfigError, RequestError
 from d2moe.kernels import reference
 from d2moe.models import shape_from_config
-from d2moe.models.layers import Decoder, Places
+from d2moe.models.layers import Decoder, DenseOptions, Places
 from d2moe.policy.ledger import Ledger
 from d2moe.runtime import memory
 from d2moe.runtime.config import EngineConfig
@@ -44,7 +44,7 @@ class Engine:
             config,
             shape,
             group=record.group,
-            dense=container.dense_bytes,
+            dense=container.dense_bytes(config.dense_width),
             all_experts=record.record_bytes * len(layers) * container.experts,
             one_expert=record.record_bytes,
             context=self.context,
@@ -65,7 +65,7 @@ class Engine:
             except (ValueError, RuntimeError) as error:
                 raise ConfigError(str(error)) from None
         blocks = padded(self.context, BLOCK_TOKENS) // BLOCK_TOKENS * config.max_sequences
-        self.kv = backend.KvCache(shape.layers, blocks, BLOCK_TOKENS, shape.kv_heads, shape.head_dim)
+        self.kv = backend.KvCache(config.kv, shape.layers, blocks, BLOCK_TOKENS, shape.kv_heads, shape.head_dim)
         self._pages = Pages(self.kv, blocks, self.context)
         self.experts = backend.Experts(
             self.runtime,
@@ -84,9 +84,10 @@ class Engine:
         self.experts.set_limit(self.budget.experts)
         self.ledger = Ledger(len(layers), container.experts, record.base_bytes, record.plane_bytes, self.budget.experts)
         self.counters = Counters()
-        self._streamer = Streamer(self.experts, self.ledger, self.counters, backend.StorageFailure, chunk, shape.top_k)
+        self._streamer = Streamer(self.experts, self.ledger, self.counters, backend.StorageFailure)
         report = (lambda index: progress(index + 1, shape.layers)) if progress else None
-        self.decoder = Decoder(backend, self.runtime, shape, container, record.group, chunk, report)
+        dense = DenseOptions(config.dense_width, record.group, memory.Arena(self.budget.dense).take)
+        self.decoder = Decoder(backend, self.runtime, shape, container, dense, chunk, self.kv, self.experts, report)
 
     @classmethod
     def load(
@@ -126,12 +127,14 @@ class Engine:
                         final = at + len(piece) == len(tokens)
                         outputs.append(self._pass([(c, piece, c.logits if final or c.logits == "all" else "none")]))
         except BaseException:  # Ctrl-C, too: the engine must be as before the step
+            self.decoder.program.abandon()
             self._streamer.abandon()
             for c, length in zip(chunks, lengths, strict=True):
                 c.sequence.length = length
             raise
         counters = self.counters
         counters.read_bytes, counters.reads, stall, compute, _ = self.experts.counters
+        counters.wanted_bytes = self.decoder.program.wanted_bytes
         counters.stall_seconds, counters.compute_seconds = stall / 1e9, compute / 1e9
         counters.steps += 1
         counters.step_seconds += time.perf_counter() - begin
@@ -151,21 +154,27 @@ class Engine:
 
     def _pass(self, items: list[tuple[Chunk, npt.NDArray[np.int32], str]]) -> F32:
         """One forward pass over at most max_tokens tokens."""
-        position: list[npt.NDArray[np.int32]] = []
-        sequence, rows, at = [], [], 0
-        for index, (chunk, tokens, wanted) in enumerate(items):
-            n, start = len(tokens), chunk.sequence.length
-            position.append(np.arange(start, start + n, dtype=np.int32))
-            sequence.append(np.full(n, index, np.int32))
-            self._streamer.bits[at : at + n] = chunk.bits
-            self.counters.use_bits += chunk.bits * n * self.shape.top_k * len(self.shape.moe_layers)
-            rows += list(range(at, at + n)) if wanted == "all" else [at + n - 1] if wanted == "last" else []
-            at += n
-        places = Places(
-            np.concatenate(position), np.concatenate(sequence), np.stack([c.sequence.table() for c, _, _ in items])
-        )
-        tokens = np.concatenate([t for _, t, _ in items])
-        out = self.decoder.forward(tokens, places, self.kv, self._streamer, np.array(rows, np.int32))
+        lengths = [len(tokens) for _, tokens, _ in items]
+        n = sum(lengths)
+        position, sequence, at = np.empty(n, np.int32), np.empty(n, np.int32), 0
+        rows: list[int] = []
+        pairs = self.shape.top_k * len(self.shape.moe_layers)
+        for index, (chunk, _, wanted) in enumerate(items):
+            end = at + lengths[index]
+            position[at:end] = np.arange(chunk.sequence.length, chunk.sequence.length + end - at)
+            sequence[at:end] = index
+            self.decoder.bits[at:end] = chunk.bits
+            self.counters.uses += (end - at) * pairs
+            self.counters.use_bits += (end - at) * pairs * chunk.bits
+            rows += range(at, end) if wanted == "all" else (end - 1,) if wanted == "last" else ()
+            at = end
+        alone = len(items) == 1
+        tables = items[0][0].sequence.table[None] if alone else np.stack([c.sequence.table for c, _, _ in items])
+        tokens = items[0][1] if alone else np.concatenate([t for _, t, _ in items])
+        places = Places(position, sequence, tables)
+        self.decoder.start(tokens, places)
+        self._streamer.run(self.decoder, at)
+        out = self.decoder.logits(np.array(rows, np.int32))
         for chunk, part, _ in items:
             chunk.sequence.length += len(part)
         self.counters.tokens += at
@@ -175,6 +184,8 @@ class Engine:
         """Facts for reports: kernel table, threads, storage path, how the budget is split (bytes)."""
         return {
             "kernels": self.runtime.table,
+            "dense_bits": self.config.dense_width,
+            "kv": self.config.kv,
             "threads": self.runtime.threads,
             "direct": bool(self.experts.direct),
             "context": self.context,

@@ -19,45 +19,43 @@ class Pages:
         self.table_blocks = -(-context // BLOCK_TOKENS)
         self._free = list(range(blocks - 1, -1, -1))
 
-    def grow(self, table: list[int], tokens: int) -> None:
-        """Append blocks to `table` until it holds `tokens`; RequestError when none are left (nothing changes then)."""
-        more = -(-tokens // BLOCK_TOKENS) - len(table)
-        if more > len(self._free):
+    def take(self, count: int) -> list[int]:
+        """`count` more blocks; RequestError when so many are not left (nothing changes then)."""
+        if count > len(self._free):
             raise RequestError(
-                f"the key/value cache has {len(self._free)} free blocks of {BLOCK_TOKENS} tokens and {more} are needed; "
+                f"the key/value cache has {len(self._free)} free blocks of {BLOCK_TOKENS} tokens and {count} are needed; "
                 "finish other sequences or load with a larger context"
             )
-        table.extend(self._free.pop() for _ in range(more))
+        return [self._free.pop() for _ in range(count)]
 
-    def free(self, table: list[int]) -> None:
-        for block in table:
+    def give(self, blocks: list[int]) -> None:
+        for block in blocks:
             self.cache.release(block)
             self._free.append(block)
-        table.clear()
 
 
 class Sequence:
-    """One text being read or written: its length in tokens and its blocks."""
+    """One text being read or written: its length in tokens and its blocks. `table` int32 [blocks of a full context] has the
+    first `held` blocks."""
 
     def __init__(self, pages: Pages):
         self._pages = pages
-        self.length = 0
-        self.blocks: list[int] = []
+        self.length = self.held = 0
+        self.table = np.zeros(pages.table_blocks, np.int32)
 
     def reserve(self, tokens: int) -> None:
+        """Blocks for `tokens` more; RequestError if they do not fit the context or no blocks are left."""
         if self.length + tokens > self._pages.context:
             raise RequestError(
                 f"{self.length + tokens} tokens do not fit the context of {self._pages.context}; "
                 "shorten the prompt or load with a larger context"
             )
-        self._pages.grow(self.blocks, self.length + tokens)
-
-    def table(self) -> Any:
-        row = np.zeros(self._pages.table_blocks, np.int32)
-        row[: len(self.blocks)] = self.blocks
-        return row
+        more = -(-(self.length + tokens) // BLOCK_TOKENS) - self.held
+        if more > 0:
+            self.table[self.held : self.held + more] = self._pages.take(more)
+            self.held += more
 
     def free(self) -> None:
         """Give the blocks back; the sequence is empty then."""
-        self._pages.free(self.blocks)
-        self.length = 0
+        self._pages.give(self.table[: self.held].tolist())
+        self.length = self.held = 0

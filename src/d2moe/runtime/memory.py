@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from d2moe.errors import MemoryBudgetError
 from d2moe.runtime.config import EngineConfig, show_bytes
@@ -13,7 +20,11 @@ from d2moe.types import ModelShape, padded
 
 MARGIN_BYTES = 12 * 10**6
 """Stacks, allocator slack, the interpreter's own growth while generating."""
-CHUNKS = (256, 128, 64, 32, 16, 8)
+CHUNKS = (512, 256, 128, 64, 32, 16, 8)
+QUERIES = 8
+"""Queries that attention takes at a time (csrc/kernels.h, kQueries)."""
+BATCH_ROWS = 512
+"""Pairs of token and expert that are computed together (csrc/executor.h, kBatchRows)."""
 
 
 def _status(field: str) -> int:
@@ -39,38 +50,63 @@ def available_bytes() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
-    for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(usage).read_text()))
-        except (OSError, ValueError):
-            continue
+    names = {"": ("memory.max", "memory.current"), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}
+    for controller, (limit, usage) in names.items():
+        for folder in cgroup_folders(controller):
+            try:
+                free = min(free, int((folder / limit).read_text()) - int((folder / usage).read_text()))
+            except (OSError, ValueError):
+                continue
     return max(free, 0)
 
 
 def usable_cpus() -> int:
-    """CPUs this process may run on: affinity, and the cgroup's quota where there is one."""
+    """CPUs this process may run on: affinity, and the cgroup's quota where there is one, rounded down, at least 1."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            count = min(count, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
+    quota = min(_cpu_quotas(), default=math.inf)
+    return max(1, int(min(count, quota)))
+
+
+def _cpu_quotas() -> Iterator[float]:
+    """CPUs allowed by this process's cgroup and every cgroup above it, version 2 and version 1."""
+    for folder in cgroup_folders(""):
         try:
-            base = Path("/sys/fs/cgroup/cpu")
-            quota_us = int((base / "cpu.cfs_quota_us").read_text())
-            if quota_us > 0:
-                count = min(count, max(1, quota_us // int((base / "cpu.cfs_period_us").read_text())))
+            quota, period = (folder / "cpu.max").read_text().split()
+            if quota != "max":
+                yield int(quota) / int(period)
         except (OSError, ValueError):
-            pass
-    return count
+            continue
+    for folder in cgroup_folders("cpu"):
+        try:
+            quota_us = int((folder / "cpu.cfs_quota_us").read_text())
+            if quota_us > 0:
+                yield quota_us / int((folder / "cpu.cfs_period_us").read_text())
+        except (OSError, ValueError):
+            continue
 
 
-def kv_bytes(shape: ModelShape, context: int, sequences: int) -> int:
-    """Bytes of the f16 key/value cache when full."""
-    return shape.layers * padded(context, BLOCK_TOKENS) * sequences * 2 * shape.kv_heads * shape.head_dim * 2
+def cgroup_folders(controller: str, mounts: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[Path]:
+    """Folders of this process's cgroup and those above it: `controller` "" for version 2, a name like "cpu" for version 1."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        lines = []
+    found: list[Path] = []
+    for line in lines:
+        _, names, path = line.split(":", 2)
+        if controller not in names.split(","):
+            continue
+        # Version 1 mounts controllers that go together under both names, like cpu,cpuacct; links make each findable.
+        root = mounts / controller if controller else mounts
+        folder = root / path.lstrip("/")
+        found += [f for f in (folder, *folder.parents) if f == root or root in f.parents]
+    return found or [mounts / controller if controller else mounts]
+
+
+def kv_bytes(shape: ModelShape, kind: str, context: int, sequences: int) -> int:
+    """Bytes of the key/value cache when full; `kind` is "f16", or "q8" (a byte each, and a float32 scale per head)."""
+    per_head = 4 * shape.head_dim if kind == "f16" else 2 * shape.head_dim + 8
+    return shape.layers * padded(context, BLOCK_TOKENS) * sequences * shape.kv_heads * per_head
 
 
 def scratch_bytes(shape: ModelShape, group: int, tokens: int, context: int, threads: int) -> int:
@@ -81,17 +117,40 @@ def scratch_bytes(shape: ModelShape, group: int, tokens: int, context: int, thre
         return m * (cols + 8 * (cols // group)) + 256
 
     h, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    attention = rows(tokens, h) + rows(tokens, q) + 4 * (tokens * (h + 2 * q + 2 * kv) + threads * (context + shape.head_dim))
+    desk = QUERIES * 4 * (padded(context, BLOCK_TOKENS) + 3 * shape.head_dim) + 512  # of one thread in attention
+    attention = rows(tokens, h) + rows(tokens, q) + 4 * tokens * (h + 2 * q + 2 * kv) + threads * desk
 
     def feed_forward(inner: int) -> int:
         return rows(tokens, h) + rows(tokens, inner) + 4 * tokens * (2 * inner + h)
 
     pairs = tokens * shape.top_k
     inner = shape.expert_inner
-    experts = rows(tokens, h) + rows(pairs, h) + rows(pairs, inner) + 4 * pairs * (2 * inner + h)
+    batch = min(pairs, max(tokens, BATCH_ROWS))
+    experts = rows(tokens, h) + rows(batch, h) + rows(batch, inner) + 4 * (2 * batch * inner + pairs * h)
     experts += feed_forward(shape.shared_inner) if shape.shared_inner else 0
-    head = rows(tokens, h) + 4 * h + 4 * tokens * shape.experts
+    head = rows(tokens, h) + 4 * threads * h + 4 * tokens * shape.experts
     return max(attention, experts, head, feed_forward(shape.dense_inner) if shape.dense_inner else 0) + 8192
+
+
+class Arena:
+    """One piece of memory for many arrays, in huge pages where the system has them: small ones cost bandwidth."""
+
+    def __init__(self, n_bytes: int):
+        # 64 bytes of slack for each array's alignment are a thousandth of what they hold.
+        self._memory = mmap.mmap(-1, n_bytes + n_bytes // 64 + (1 << 20))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._all = np.frombuffer(self._memory, np.uint8)
+        self._used = 0
+
+    def take(self, n_bytes: int) -> npt.NDArray[np.uint8]:
+        """uint8 [n_bytes] that begins at a multiple of 64 bytes."""
+        begin = self._used
+        self._used = padded(begin + n_bytes, 64)
+        if self._used > len(self._all):
+            raise AssertionError(f"the arena of {len(self._all):,} bytes is too small for {n_bytes:,} more")
+        return self._all[begin : begin + n_bytes]
 
 
 @dataclass(frozen=True)
@@ -127,7 +186,7 @@ def split(
 
     `dense`, `all_experts` (every record in full) and `one_expert` (a record in full) are bytes.
     """
-    process, kv = resident_bytes(), kv_bytes(shape, context, config.max_sequences)
+    process, kv = resident_bytes(), kv_bytes(shape, config.kv, context, config.max_sequences)
 
     def buffers(chunk: int) -> int:
         rows = 4 * chunk * (2 * shape.hidden + 3 * shape.top_k) + 4 * 4 * shape.vocab

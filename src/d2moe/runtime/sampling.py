@@ -29,6 +29,14 @@ import numpy.typing as npt
 from d2moe.errors import ConfigError, D2MoeError
 from d2moe.types import check_width
 
+try:
+    from d2moe.kernels.native import draw
+except ImportError:  # without the compiled core
+
+    def draw(logits: F32, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float) -> int:
+        return draw_reference(logits, SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p), uniform)
+
+
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
@@ -128,12 +136,10 @@ class Sampler:
             token = int(np.argmax(logits))
             _check_finite(float(logits[token]))
         else:
-            ids, weights = candidates(logits, self.params)
-            total = np.cumsum(weights)
-            place = int(np.searchsorted(total, self._random.uniform() * total[-1], side="right"))
-            # Rounding can put the draw on the very end; the last token with any weight is the answer then.
-            place = min(place, int(np.searchsorted(total, total[-1], side="left")))
-            token = int(ids[place]) if ids is not None else place
+            p = self.params
+            token = draw(logits, p.temperature, p.top_k, p.top_p, p.min_p, self._random.uniform())
+            if token < 0:
+                _check_finite(float(np.max(logits)))
         if self._seen is not None:
             self._seen[token] = True
         return token
@@ -179,6 +185,16 @@ def candidates(logits: F32, params: SamplingParams) -> tuple[I64 | None, F64]:
         ids = keep if ids is None else ids[keep]
         weights = weights[keep]
     return ids, weights
+
+
+def draw_reference(logits: F32, params: SamplingParams, uniform: float) -> int:
+    """The token that `uniform` of [0, 1) draws from logits float32 [vocab]: the definition of the compiled `draw`."""
+    ids, weights = candidates(logits, params)
+    total = np.cumsum(weights)
+    place = int(np.searchsorted(total, uniform * total[-1], side="right"))
+    # Rounding can put the draw on the very end; the last token with any weight is the answer then.
+    place = min(place, int(np.searchsorted(total, total[-1], side="left")))
+    return place if ids is None else int(ids[place])
 
 
 def logprob(logits: F32, token: int, top: int) -> TokenLogprob:

@@ -1,4 +1,4 @@
-"""Plan → executor: one layer's experts are decided on, read and computed; and what that cost is counted."""
+"""Plan → executor: where a step waits for experts, their reads are decided on and started; and what all cost is counted."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from d2moe.errors import StorageError
+from d2moe.models.layers import Decoder
 from d2moe.policy import hebf
 from d2moe.policy.ledger import Ledger
 from d2moe.policy.plan import Plan
 
-F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 
 
@@ -57,51 +57,53 @@ class Counters:
         return self.use_bits / self.uses if self.uses else 0.0
 
 
+SILENT_STEPS = 64
+"""Steps after which the ledger hears of what went by; bounds the notes that the compiled core keeps."""
+
+
 class Streamer:
-    """The experts of one engine. `bits` int32 [max_tokens, top_k] holds the widths of the step in progress."""
+    """The experts of one engine."""
 
-    def __init__(self, experts: Any, ledger: Ledger, counters: Counters, failure: type[Exception], max_tokens: int, top_k: int):
+    def __init__(self, experts: Any, ledger: Ledger, counters: Counters, failure: type[Exception]):
         self.experts, self.ledger, self.counters, self._failure = experts, ledger, counters, failure
-        self.bits = np.zeros((max_tokens, top_k), np.int32)
-        self._top_k = top_k
         self._plan = Plan()
-        self._layer = 0
+        self._silent_steps = 0
 
-    def start(self, moe_index: int, tokens: int, h: F32, ids: I32) -> None:
-        """Decide on the layer and start its first reads."""
+    def run(self, decoder: Decoder, tokens: int) -> None:
+        """Bring the step of `tokens` tokens that was started to its end."""
+        try:
+            while (layer := decoder.run()) >= 0:
+                self._hear(decoder)
+                self._bring(decoder, layer, decoder.ids[layer, :tokens], decoder.bits[:tokens])
+        except self._failure as error:
+            raise StorageError(f'{error}; run "d2moe verify" on the model, and check the disk') from None
+        self._silent_steps += 1
+        if self._silent_steps >= SILENT_STEPS:
+            self._hear(decoder)
+
+    def _hear(self, decoder: Decoder) -> None:
+        """Tell the ledger of the layers that went by with all their experts in memory; it need not know at once."""
+        for first_layer, ids, bits in decoder.program.take_notes():
+            self.ledger.touch(first_layer, ids, bits)
+        self._silent_steps = 0
+
+    def _bring(self, decoder: Decoder, layer: int, ids: I32, bits: I32) -> None:
+        """Start the reads of a layer that waits, and compute all its waves but the last, which `run` does."""
         begin = time.perf_counter()
-        self._layer = moe_index
-        bits = self.bits[:tokens]
-        self._plan = plan = hebf.plan(self.ledger, moe_index, ids[:tokens], bits)
+        self._layer = layer
+        self._plan = plan = hebf.plan(self.ledger, layer, ids, bits)
         c = self.counters
-        c.decide_seconds += time.perf_counter() - begin
-        c.wanted_bytes += plan.wanted_bytes
         c.missing_bytes += plan.missing_bytes
-        c.uses += bits.size
-        try:
-            self.experts.begin(moe_index, tokens, self._top_k, h, ids, self.bits)
-            self._send(0)
-        except self._failure as error:
-            raise self._failed(error) from None
-
-    def finish(self, tokens: int, gates: F32, x: F32) -> None:
-        """Compute all experts of the layer as they arrive; add the gated sum to x."""
-        waves = self._plan.waves
-        try:
-            if len(waves) == 1:
-                self.experts.compute(None)
-            else:
-                for index, wave in enumerate(waves):
-                    # The next wave's reads run while this one is computed, unless they need its memory.
-                    overlap = index + 1 < len(waves) and not self._evicts(index + 1, wave.experts)
-                    if overlap:
-                        self._send(index + 1)
-                    self.experts.compute(wave.experts)
-                    if index + 1 < len(waves) and not overlap:
-                        self._send(index + 1)
-            self.experts.finish(tokens, self._top_k, gates, x)
-        except self._failure as error:
-            raise self._failed(error) from None
+        c.decide_seconds += time.perf_counter() - begin
+        self._send(0)
+        for index, wave in enumerate(plan.waves[:-1]):
+            # The next wave's reads run while this one is computed, unless they need its memory.
+            overlap = not self._evicts(index + 1, wave.experts)
+            if overlap:
+                self._send(index + 1)
+            decoder.compute(wave.experts)
+            if not overlap:
+                self._send(index + 1)
 
     def _send(self, index: int) -> None:
         wave = self._plan.waves[index]
@@ -115,12 +117,9 @@ class Streamer:
         return bool(np.isin(gone[gone[:, 0] == self._layer, 1], experts).any())
 
     def abandon(self) -> None:
-        """A step ended in the middle of a layer: forget the layer, and bring the ledger back to what is really held."""
+        """A step was broken off: wait for reads on their way, and bring the ledger back to what is really held."""
         self.experts.abandon()
         self.resync()
-
-    def _failed(self, error: Exception) -> StorageError:
-        return StorageError(f'{error}; run "d2moe verify" on the model, and check the disk')
 
     def resync(self) -> None:
         ledger = self.ledger

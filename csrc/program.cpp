@@ -1,0 +1,144 @@
+#include "program.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <stdexcept>
+#include <utility>
+
+namespace d2moe {
+namespace {
+
+// Adds the time of a scope to a counter.
+class Stopwatch {
+public:
+  explicit Stopwatch(int64_t& total) : total_(total), begin_(Clock::now()) {}
+  ~Stopwatch() { total_ += std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin_).count(); }
+  Stopwatch(const Stopwatch&) = delete;
+  Stopwatch& operator=(const Stopwatch&) = delete;
+
+private:
+  using Clock = std::chrono::steady_clock;
+  int64_t& total_;
+  Clock::time_point begin_;
+};
+
+} // namespace
+
+Program::Program(Runtime& rt, const ProgramShape& shape, const Linear& embedding, const Linear& head,
+                 const float* final_norm, float eps, std::vector<float> inverse_frequency, float rope_scale, KvCache& kv,
+                 Executor& experts, int32_t* ids, const int32_t* bits)
+    : rt_(rt), shape_(shape), embedding_(embedding), head_(head), final_norm_(final_norm), eps_(eps),
+      inverse_frequency_(std::move(inverse_frequency)), rope_scale_(rope_scale), kv_(kv), experts_(experts), ids_(ids),
+      bits_(bits), x_(size_t(shape.max_tokens * shape.hidden)), h_(x_.size()), gates_(size_t(shape.max_tokens * shape.top_k)) {}
+
+Program::~Program() = default;
+
+void Program::add_layer(const AttentionShape& shape, const AttentionWeights& attention,
+                        const std::optional<RouterWeights>& router, const std::optional<FeedForwardWeights>& feed_forward) {
+  if (!router && !feed_forward) throw std::invalid_argument("a layer has a router, a feed-forward block or both");
+  if (router && moe_count_ == shape_.moe_layers) throw std::invalid_argument("more layers with routers than were announced");
+  layers_.push_back({shape, attention, router, feed_forward, router ? moe_count_++ : -1});
+}
+
+void Program::start(const int32_t* ids, const TokenPlaces& places, int64_t tokens, int64_t sequences) {
+  const Stopwatch watch(busy_ns_);
+  abandon();
+  tokens_ = tokens;
+  position_.assign(places.position, places.position + tokens);
+  sequence_.assign(places.sequence, places.sequence + tokens);
+  tables_.assign(places.block_tables, places.block_tables + sequences * places.table_blocks);
+  table_blocks_ = places.table_blocks;
+  next_ = 0;
+  noting_ = false;
+  turn();
+  embed(rt_, embedding_, ids, tokens, x_.data());
+}
+
+// All layers turn their heads alike, so this is done once a step.
+void Program::turn() {
+  const int64_t half = int64_t(inverse_frequency_.size());
+  cosine_.resize(size_t(tokens_ * half));
+  sine_.resize(size_t(tokens_ * half));
+  rt_.pool.parallel_for(tokens_, 8, [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t i = 0; i < half; ++i) {
+        const float angle = float(position_[size_t(t)]) * inverse_frequency_[size_t(i)];
+        cosine_[size_t(t * half + i)] = float(std::cos(double(angle))) * rope_scale_;
+        sine_[size_t(t * half + i)] = float(std::sin(double(angle))) * rope_scale_;
+      }
+  });
+}
+
+int64_t Program::run() {
+  const Stopwatch watch(busy_ns_);
+  const TokenPlaces places{position_.data(), sequence_.data(), tables_.data(), table_blocks_};
+  float *x = x_.data(), *h = h_.data();
+  for (; next_ < layers_.size(); ++next_) {
+    const Layer& layer = layers_[next_];
+    if (!routed_) {
+      attention(rt_, layer.shape, layer.attention, kv_, int64_t(next_), places, {cosine_.data(), sine_.data()}, tokens_, x);
+      if (!layer.router) {
+        feed_forward(rt_, *layer.feed_forward, tokens_, h, x);
+        continue;
+      }
+      route(rt_, *layer.router, tokens_, x, h, ids(layer.moe_index), gates_.data());
+      routed_ = true;
+      wanted_bytes_ += experts_.wanted_bytes(tokens_ * shape_.top_k, ids(layer.moe_index), bits_);
+      if (!experts_.holds(layer.moe_index, tokens_ * shape_.top_k, ids(layer.moe_index), bits_)) {
+        noting_ = false;
+        return layer.moe_index;
+      }
+      note(layer.moe_index);
+    }
+    if (!experts_.begun()) open();
+    experts_.compute(nullptr, 0);
+    experts_.finish(gates_.data(), x);
+    routed_ = false;
+  }
+  return -1;
+}
+
+void Program::note(int64_t moe_index) {
+  const int64_t pairs = tokens_ * shape_.top_k;
+  if (!noting_) notes_.push_back({moe_index, 0, tokens_, {}, {bits_, bits_ + pairs}});
+  noting_ = true;
+  Note& n = notes_.back();
+  ++n.layers;
+  n.ids.insert(n.ids.end(), ids(moe_index), ids(moe_index) + pairs);
+}
+
+std::vector<Program::Note> Program::take_notes() {
+  noting_ = false;
+  return std::exchange(notes_, {});
+}
+
+void Program::compute(const int32_t* experts, int64_t count) {
+  const Stopwatch watch(busy_ns_);
+  if (!routed_) throw std::logic_error("compute: no layer is waiting for its experts");
+  if (!experts_.begun()) open();
+  experts_.compute(experts, count);
+}
+
+void Program::open() {
+  const Layer& layer = layers_[next_];
+  experts_.begin(layer.moe_index, tokens_, shape_.top_k, h_.data(), ids(layer.moe_index), bits_);
+  // The shared expert is computed while the first planes are on their way.
+  if (layer.feed_forward) feed_forward(rt_, *layer.feed_forward, tokens_, h_.data(), x_.data());
+}
+
+void Program::logits(const int32_t* rows, int64_t count, float* out) {
+  const Stopwatch watch(busy_ns_);
+  if (next_ < layers_.size()) throw std::logic_error("logits: the step has not come to its end");
+  for (int64_t i = 0; i < count; ++i)
+    if (rows[i] < 0 || rows[i] >= tokens_) throw std::invalid_argument("logits: row " + std::to_string(rows[i]) + " is not in the step");
+  project(rt_, final_norm_, eps_, head_, rows, count, x_.data(), out);
+}
+
+void Program::abandon() {
+  if (experts_.begun()) experts_.abandon();
+  routed_ = false;
+  next_ = layers_.size();
+}
+
+} // namespace d2moe

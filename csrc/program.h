@@ -1,0 +1,89 @@
+// A whole step of a model: from token ids to logits, layer after layer, without a word to Python as long as every expert
+// that a layer wants is in memory. Where one is not, the step pauses for a plan.
+#pragma once
+#include "attention.h"
+#include "executor.h"
+
+#include <optional>
+
+namespace d2moe {
+
+struct ProgramShape {
+  int64_t hidden, vocab, top_k, moe_layers, max_tokens;
+};
+
+class Program {
+public:
+  // ids [moe_layers, max_tokens, top_k] receives the experts chosen in the step; bits [max_tokens, top_k] says how wide
+  // each choice shall be and is the caller's to fill before `start`.
+  Program(Runtime& rt, const ProgramShape& shape, const Linear& embedding, const Linear& head, const float* final_norm,
+          float eps, std::vector<float> inverse_frequency, float rope_scale, KvCache& kv, Executor& experts, int32_t* ids,
+          const int32_t* bits);
+  ~Program();
+  Program(const Program&) = delete;
+  Program& operator=(const Program&) = delete;
+
+  // A layer without a router has a feed-forward block of its own; with one, the block is the shared expert, if any.
+  void add_layer(const AttentionShape& shape, const AttentionWeights& attention, const std::optional<RouterWeights>& router,
+                 const std::optional<FeedForwardWeights>& feed_forward);
+
+  void start(const int32_t* ids, const TokenPlaces& places, int64_t tokens, int64_t sequences);
+  // Goes on as far as it can: -1 at the end of the last layer; else the MoE layer (counted among those) whose experts are
+  // not all there. Its reads are to be started then, and run called again: it computes what arrives.
+  int64_t run();
+  // For a layer that does not fit at once: computes these experts of it; run computes the rest.
+  void compute(const int32_t* experts, int64_t count);
+  // logits [count, vocab] of rows of the finished step.
+  void logits(const int32_t* rows, int64_t count, float* out);
+  void abandon(); // forgets the step in progress
+
+  // Layers in a row of one step that found all their experts in memory, so that nobody was asked about them.
+  struct Note {
+    int64_t first, layers, tokens;
+    std::vector<int32_t> ids, bits; // [layers, tokens, top_k], [tokens, top_k]
+  };
+  std::vector<Note> take_notes(); // all since the last call
+  int64_t busy_ns() const { return busy_ns_; } // time spent in the calls above
+  // Bytes of planes that all layers wanted so far: of each expert of a layer up to the widest that any token asked for.
+  int64_t wanted_bytes() const { return wanted_bytes_; }
+  int64_t tokens() const { return tokens_; }
+  const ProgramShape& shape() const { return shape_; }
+
+private:
+  struct Layer {
+    AttentionShape shape;
+    AttentionWeights attention;
+    std::optional<RouterWeights> router;
+    std::optional<FeedForwardWeights> feed_forward;
+    int64_t moe_index;
+  };
+  int32_t* ids(int64_t moe_index) { return ids_ + moe_index * shape_.max_tokens * shape_.top_k; }
+  void open(); // begins the waiting layer's experts and computes its shared one
+  void note(int64_t moe_index);
+  void turn(); // cosine and sine of the step's positions
+
+  Runtime& rt_;
+  const ProgramShape shape_;
+  const Linear embedding_, head_;
+  const float* final_norm_;
+  const float eps_;
+  const std::vector<float> inverse_frequency_;
+  const float rope_scale_;
+  KvCache& kv_;
+  Executor& experts_;
+  int32_t* const ids_;
+  const int32_t* const bits_;
+  std::vector<Layer> layers_;
+  std::vector<Note> notes_;
+  bool noting_ = false; // whether the last note is of this step and of the layer before
+  int64_t moe_count_ = 0;
+
+  std::vector<float> x_, h_, gates_, cosine_, sine_;
+  std::vector<int32_t> position_, sequence_, tables_;
+  int64_t tokens_ = 0, table_blocks_ = 0;
+  size_t next_ = 0;     // the layer that comes next
+  bool routed_ = false; // its attention and router have run, its experts have not
+  int64_t busy_ns_ = 0, wanted_bytes_ = 0;
+};
+
+} // namespace d2moe

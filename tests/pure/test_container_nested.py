@@ -1,0 +1,289 @@
+"""Dense matrices at every width: the values, the bytes that are read, the memory they go to; planes left out as holes."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_container import EXPERTS, FACTS, LAYERS, RECORD, contents, dense_tensor, nested, packed, unpacked
+
+from d2moe import planes
+from d2moe.container import Container, ContainerWriter, MatrixLayout, NestedMatrix
+from d2moe.container.files import PIECE_BYTES, aligned_empty, crc_of_zeros
+from d2moe.container.layout import ARRAYS
+from d2moe.container.safetensors_header import build_header
+from d2moe.container.verify import verify
+from d2moe.errors import ConfigError, ContainerError, StorageError
+from d2moe.types import WIDTHS
+
+GROUP = RECORD.group
+MATRICES = {"embed": (90, 64), "head": (33, 100), "layers.0.attn.q": (16, 32)}
+"""Rows and columns; `head` is padded both ways and has an odd number of blocks."""
+FLOATS = {"final_norm": (7,), "layers.0.attn.q_bias": (16,), "layers.0.router": (EXPERTS, 64)}
+
+
+def weights(name: str) -> planes.F32:
+    return np.random.default_rng(len(name)).normal(size=MATRICES[name]).astype(np.float32)
+
+
+def make(path: Path, bits: int = 8) -> Path:
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, (rows, cols) in MATRICES.items():
+        shapes |= MatrixLayout(rows, cols, GROUP).tensors(name)
+    shapes |= {name: ("F32", shape) for name, shape in FLOATS.items()}
+    with ContainerWriter(path, **(FACTS | {"dense": shapes}), bits=bits) as writer:
+        for name in MATRICES:
+            writer.add_nested(name, packed(*planes.quantize(weights(name), GROUP), bits))
+        for name, shape in FLOATS.items():
+            writer.add_dense(name, np.full(shape, 0.5, np.float32))
+        for layer in LAYERS:
+            for expert in range(EXPERTS):
+                writer.add_expert(layer, expert, nested(layer, expert, bits))
+        return writer.finish()
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Container:
+    return Container.open(make(tmp_path_factory.mktemp("made") / "nested.d2moe"))
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Every (offset, bytes) that is read of a file from here on."""
+    real, seen = os.preadv, list[tuple[int, int]]()
+
+    def preadv(fd: int, buffers: Sequence[Any], offset: int) -> int:
+        n = real(fd, buffers, offset)
+        seen.append((offset, n))
+        return n
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    return seen
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("name", MATRICES)
+def test_a_dense_matrix_has_the_values_of_its_width(sample: Container, name: str, bits: int) -> None:
+    matrix = sample.read_nested(name, bits)
+    assert matrix.bits == bits
+    expected = planes.dequantize(*planes.quantize(weights(name), GROUP), bits, *MATRICES[name])
+    found = planes.dequantize(*unpacked(matrix), bits, *MATRICES[name])
+    assert np.array_equal(found, expected)
+    layout = sample.nested[name]
+    for kind, array in matrix.arrays.items():
+        assert array.shape == layout.array(kind)[1]
+        assert array.ctypes.data % 64 == 0 and array.flags.carray
+
+
+def test_widths_nest(sample: Container) -> None:
+    """Fewer bits are the same arrays without the last planes."""
+    full = sample.read_nested("head", 8).arrays
+    for bits in WIDTHS:
+        arrays = sample.read_nested("head", bits).arrays
+        assert tuple(arrays) == ARRAYS[: bits + 1]
+        assert all(np.array_equal(array, full[kind]) for kind, array in arrays.items())
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_dense_bytes_is_what_is_read_and_what_an_arena_must_hold(
+    sample: Container, bits: int, reads: list[tuple[int, int]]
+) -> None:
+    arena, used, asked = aligned_empty(sample.dense_bytes(bits)), 0, 0
+
+    def allocate(n_bytes: int) -> planes.U8:
+        nonlocal used, asked
+        assert n_bytes % 64 == 0
+        used, asked = used + n_bytes, asked + 1
+        piece: planes.U8 = arena[used - n_bytes : used]
+        assert len(piece) == n_bytes
+        return piece
+
+    matrices = {name: sample.read_nested(name, bits, allocate) for name in sample.nested}
+    assert asked == len(MATRICES)  # once for each matrix
+    for name in sample.floats:
+        used += -(-sample.read_dense(name).nbytes // 64) * 64
+    assert used == sample.dense_bytes(bits) == len(arena)
+    # The bytes of the file are the same, but for the rounding to 64 in memory.
+    pieces = len(MATRICES) + len(FLOATS)
+    assert 0 <= used - sum(n for _, n in reads) < 64 * pieces
+    # All arrays are views of the arena, whatever came after them.
+    start, end = arena.ctypes.data, arena.ctypes.data + len(arena)
+    for name, matrix in matrices.items():
+        expected = planes.prefix(planes.quantize(weights(name), GROUP)[0], bits)
+        assert np.array_equal(unpacked(matrix)[0], expected)
+        assert all(start <= a.ctypes.data and a.ctypes.data + a.nbytes <= end for a in matrix.arrays.values())
+
+
+def test_a_width_reads_one_run_of_the_file(sample: Container, reads: list[tuple[int, int]]) -> None:
+    """What a width needs of a matrix lies together: rows, affine, base and the planes, the higher bits last."""
+    for bits in WIDTHS:
+        reads.clear()
+        sample.read_nested("embed", bits)
+        at = sample.dense["embed.rows"].offset
+        for offset, n in sorted(reads):
+            assert offset == at
+            at += n
+        assert at == sample.dense[f"embed.{ARRAYS[bits]}"].offset + sample.dense[f"embed.{ARRAYS[bits]}"].n_bytes
+
+
+def test_what_was_read_is_not_in_the_page_cache_too(sample: Container, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, dropped = os.posix_fadvise, list[tuple[int, int]]()
+
+    def advise(fd: int, offset: int, n_bytes: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_DONTNEED:
+            dropped.append((offset, offset + n_bytes))
+        real(fd, offset, n_bytes, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    sample.read_nested("head", 3)
+    entries = [sample.dense[f"head.{kind}"] for kind in ARRAYS[:4]]
+    for entry in entries:
+        # Whole pages, as the system keeps a page of which only a part is given up.
+        assert any(a <= entry.offset and entry.offset + entry.n_bytes <= b for a, b in dropped)
+    assert all(a % os.sysconf("SC_PAGESIZE") == b % os.sysconf("SC_PAGESIZE") == 0 for a, b in dropped)
+
+    def refused(*_: Any) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "posix_fadvise", refused)
+    assert sample.read_nested("head", 3).bits == 3  # advice only
+
+
+def test_memory_that_does_not_fit_is_refused(sample: Container) -> None:
+    n_bytes = sample.nested["head"].memory_bytes(4)
+    frozen = aligned_empty(n_bytes)
+    frozen.flags.writeable = False
+    for memory in (aligned_empty(n_bytes - 1), aligned_empty(4 * n_bytes).view(np.float32), frozen):
+        with pytest.raises(ConfigError, match=rf"allocate\({n_bytes}\) gave .*expected writable uint8 \[{n_bytes}\]"):
+            sample.read_nested("head", 4, lambda n, memory=memory: memory)  # type: ignore[misc]
+    with pytest.raises(ConfigError, match="not at a multiple of 64"):
+        sample.read_nested("head", 4, lambda n: aligned_empty(n + 1)[1:])
+
+
+def test_a_file_cut_while_in_use(tmp_path: Path) -> None:
+    container = Container.open(make(tmp_path / "x.d2moe"))
+    with (container.path / "dense.safetensors").open("r+b") as file:
+        file.truncate(container.dense["head.plane3"].offset + 1)
+    assert container.read_nested("head", 2).bits == 2
+    with pytest.raises(StorageError, match=r"dense.safetensors: ends at byte .*cut while in use"):
+        container.read_nested("head", 3)
+    (container.path / "dense.safetensors").unlink()
+    with pytest.raises(ContainerError, match=r"dense.safetensors: no such file"):
+        container.read_nested("head", 2)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 100), st.integers(1, 300), st.sampled_from(WIDTHS))
+def test_arrays_come_and_go(rows: int, cols: int, bits: int) -> None:
+    codes, affine, scale = planes.quantize(np.full((rows, cols), 0.25, np.float32), GROUP)
+    matrix = packed(codes, affine, scale, bits)
+    again = NestedMatrix.of(dict(reversed(matrix.arrays.items())))
+    assert again.bits == bits and tuple(again.arrays) == tuple(matrix.arrays)
+    assert all(a is b for a, b in zip(again.arrays.values(), matrix.arrays.values(), strict=True))
+    assert {k: ("F32" if a.dtype == np.float32 else "U8", a.shape) for k, a in matrix.arrays.items()} == {
+        k: MatrixLayout(rows, cols, GROUP).array(k) for k in matrix.arrays
+    }
+
+
+# Holes
+
+
+@pytest.mark.parametrize("bits", [2, 4, 7])
+def test_planes_that_are_left_out_are_zeros_with_right_checksums(tmp_path: Path, sample: Container, bits: int) -> None:
+    narrow = Container.open(make(tmp_path / "narrow.d2moe", bits))
+    assert verify(narrow).problems == ()
+    assert {n: (e.shape, e.offset) for n, e in narrow.dense.items()} == {
+        n: (e.shape, e.offset) for n, e in sample.dense.items()
+    }
+    for name in MATRICES:
+        full, found = sample.read_nested(name, 8), narrow.read_nested(name, 8)
+        for number, (kind, array) in enumerate(found.arrays.items()):
+            assert np.array_equal(array, full.arrays[kind]) if number <= bits else not array.any()
+    for expert in range(EXPERTS):
+        record, cut = sample.read_record(2, expert, 8), RECORD.prefix_bytes(bits)
+        found_record = narrow.read_record(2, expert, 8)
+        assert np.array_equal(found_record[:cut], record[:cut]) and not found_record[cut:].any()
+
+
+def test_holes_take_no_space(tmp_path: Path) -> None:
+    with (tmp_path / "probe").open("wb") as file:
+        file.truncate(1 << 20)
+    if (tmp_path / "probe").stat().st_blocks:
+        pytest.skip("no sparse files here")
+    made = {bits: make(tmp_path / f"{bits}.d2moe", bits) for bits in (2, 8)}
+
+    def sizes(path: Path) -> tuple[int, int]:
+        files = [p.stat() for p in path.rglob("*.safetensors")]
+        return sum(s.st_size for s in files), sum(s.st_blocks * 512 for s in files)
+
+    assert sizes(made[2])[0] == sizes(made[8])[0]
+    assert sizes(made[8])[1] - sizes(made[2])[1] >= len(LAYERS) * EXPERTS * 6 * RECORD.plane_bytes
+
+
+def test_a_run_with_holes_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    def facts(bits: int) -> dict[str, Any]:
+        return FACTS | {"bits": bits}
+
+    def run(writer: ContainerWriter, experts: int) -> None:
+        assert writer.is_dense_done("embed.plane4") and not writer.is_nested_done("embed")
+        whole = {kind: dense_tensor(f"embed.{kind}") for kind in ARRAYS[:4]}
+        writer.add_nested("embed", NestedMatrix.of(whole))
+        assert writer.is_nested_done("embed")
+        for expert in range(experts):
+            writer.add_expert(0, expert, nested(0, expert, 3))
+
+    def rest(writer: ContainerWriter) -> None:
+        for name in ("final_norm", "layers.0.router", "layers.2.router"):
+            writer.add_dense(name, dense_tensor(name))
+        for layer in LAYERS:
+            for expert in sorted(set(range(EXPERTS)) - writer.done_experts(layer)):
+                writer.add_expert(layer, expert, nested(layer, expert, 3))
+        writer.finish()
+
+    with ContainerWriter(tmp_path / "whole", **facts(3)) as writer:
+        run(writer, EXPERTS)
+        rest(writer)
+    with ContainerWriter(tmp_path / "x", **facts(3)) as writer:
+        run(writer, 1)
+    with pytest.raises(ContainerError, match="was begun with other facts: bits was 3, now it is 8"):
+        ContainerWriter(tmp_path / "x", **facts(8))
+    with ContainerWriter(tmp_path / "x", **facts(3)) as writer:
+        assert writer.is_nested_done("embed") and writer.done_experts(0) == {0}
+        rest(writer)
+    assert contents(tmp_path / "x") == contents(tmp_path / "whole")
+    assert verify(tmp_path / "x").problems == ()
+
+
+def test_holes_are_not_written_to(tmp_path: Path) -> None:
+    with ContainerWriter(tmp_path / "x", **FACTS, bits=3) as writer:
+        with pytest.raises(ContainerError, match=r"'embed\.plane4' is a hole"):
+            writer.add_dense("embed.plane4", dense_tensor("embed.plane4"))
+        with pytest.raises(ContainerError, match="'embed' has 8 bits, expected 3"):
+            writer.add_nested("embed", packed(*planes.quantize(weights("embed"), GROUP)))
+        with pytest.raises(ContainerError, match="gate has 8 bits, the record is written with 3"):
+            writer.add_expert(0, 0, nested(0, 0))
+        with pytest.raises(ContainerError, match=r"a record is uint8 \[8192\]"):
+            writer.add_record(0, 0, np.zeros(RECORD.record_bytes, np.uint8))
+    with pytest.raises(ConfigError, match="from 2 to 8"):
+        ContainerWriter(tmp_path / "y", **FACTS, bits=9)
+
+
+def test_the_room_that_holes_do_not_need_is_not_asked_for(tmp_path: Path) -> None:
+    with ContainerWriter(tmp_path / "full", **FACTS) as full, ContainerWriter(tmp_path / "two", **FACTS, bits=2) as two:
+        planes_bytes = 6 * (len(LAYERS) * EXPERTS * RECORD.plane_bytes + dense_tensor("embed.plane3").nbytes)
+        header = build_header(FACTS["dense"])[0]
+        assert full.total_bytes == two.total_bytes
+        # The narrow one has its dense file already, as the zeros of its holes are noted at once: a header's worth.
+        assert 0 <= full.missing_bytes() - planes_bytes - two.missing_bytes() <= len(header) + 4096
+
+
+@pytest.mark.parametrize("n_bytes", [0, 1, 4096, PIECE_BYTES, PIECE_BYTES + 1, 2 * PIECE_BYTES + 4096])
+def test_crc_of_zeros(n_bytes: int) -> None:
+    assert crc_of_zeros(n_bytes) == zlib.crc32(bytes(n_bytes))
