@@ -85,8 +85,11 @@ template <int BITS> struct Unit {
 
 // The streams of a matrix run in step; each is prefetched so far ahead that together they cover the latency. Far ones go
 // to L2 only, because too few misses of L1 can be under way; near ones then come from there.
-template <int BITS, _mm_hint HINT> inline void prefetch_unit(const Matrix& w, int64_t unit) {
-  const auto line = [](const uint8_t* p) INLINE { _mm_prefetch(reinterpret_cast<const char*>(p), HINT); };
+template <int BITS, bool FAR> inline void prefetch_unit(const Matrix& w, int64_t unit) {
+  const auto line = [](const uint8_t* p) INLINE {
+    if constexpr (FAR) prefetch_far(p);
+    else prefetch(p);
+  };
   line(w.base + unit * 128);
   line(w.base + unit * 128 + 64);
   for (int p = 0; p < BITS - kBaseBits; ++p) line(w.planes[p] + unit * 64);
@@ -178,8 +181,8 @@ void multiply_few(const Matrix& w, const Activations& x, int64_t tile0, int64_t 
       const int8_t* q = x.q + g * group;
       Dots<BITS, 2 * T, kSpread> dots;
       dots.add_units(units, [&](int u) INLINE {
-        prefetch_unit<BITS, _MM_HINT_T0>(w, block * units + u + kNearUnits);
-        prefetch_unit<BITS, _MM_HINT_T1>(w, block * units + u + kFarUnits);
+        prefetch_unit<BITS, false>(w, block * units + u + kNearUnits);
+        prefetch_unit<BITS, true>(w, block * units + u + kFarUnits);
         const Unit<BITS> upper(w, block * units + u, 0), lower(w, block * units + u, 32);
         unrolled<8>([&](auto reg) INLINE {
           constexpr int F = decltype(reg)::value;
@@ -223,7 +226,7 @@ template <int BITS> struct Chunk {
     const int64_t block = tile * w.shape.groups() + first, units = group / 32, unit0 = block * units;
     uint8_t* out = codes;
     for (int64_t u = unit0; u < unit0 + n * units; ++u, out += 512 * kWords) {
-      prefetch_unit<BITS, _MM_HINT_T1>(w, u + n * units); // the next chunk comes in while this one is multiplied
+      prefetch_unit<BITS, true>(w, u + n * units); // the next chunk comes in while this one is multiplied
       for (int side = 0; side < 64; side += 32) {
         const Unit<BITS> unit(w, u, side);
         unrolled<8>([&](auto reg) INLINE {
