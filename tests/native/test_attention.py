@@ -1,33 +1,16 @@
 """Attention scores and mixes of every kernel table against their definition in kernels.h, written here in NumPy: float32,
-one operation at a time, in the same order. Bit for bit. Seeds as in test_kernels.py."""
+one operation at a time, in the same order. Bit for bit. Seeds as in conftest.py."""
 
 from __future__ import annotations
-
-import os
 
 import numpy as np
 import pytest
 
 from d2moe.kernels import native
 
-TABLES = ("scalar", "avx2", "avx512", "neon")
 QUERIES = range(1, 9)
 HEAD_DIMS = (2, 6, 32, 34, 64, 80, 96, 128, 130, 142, 256)
 FOURS = (4, 12, 32, 36, 64, 80, 96, 100, 128, 256)
-
-
-@pytest.fixture(params=TABLES)
-def table(request: pytest.FixtureRequest) -> str:
-    if request.param not in native.tables():
-        pytest.skip(f"kernel table {request.param} is NOT TESTED: not built, or this CPU lacks it")
-    return str(request.param)
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(os.environ.get("D2MOE_SEED", np.random.SeedSequence().generate_state(1)[0]))
-    print(f"D2MOE_SEED={seed}")
-    return np.random.default_rng(seed)
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> None:

@@ -1,8 +1,6 @@
-"""The compiled encoder against planes.py, bit for bit. Seeds as in test_kernels.py."""
+"""The compiled encoder against planes.py, bit for bit. Seeds as in conftest.py."""
 
 from __future__ import annotations
-
-import os
 
 import numpy as np
 import pytest
@@ -10,13 +8,6 @@ import pytest
 from d2moe import planes
 from d2moe.kernels import native
 from d2moe.types import WIDTHS, padded
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(os.environ.get("D2MOE_SEED", np.random.SeedSequence().generate_state(1)[0]))
-    print(f"D2MOE_SEED={seed}")
-    return np.random.default_rng(seed)
 
 
 def encode(w: np.ndarray, group: int, threads: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -3,7 +3,6 @@ is printed with a failure (run again with D2MOE_SEED=...)."""
 
 from __future__ import annotations
 
-import os
 import platform
 
 import numpy as np
@@ -13,22 +12,7 @@ from d2moe import planes
 from d2moe.kernels import native
 from d2moe.types import WIDTHS, padded
 
-TABLES = ("scalar", "neon") if platform.machine() == "aarch64" else ("scalar", "avx2", "avx512")
 GROUPS = (32, 64, 128)
-
-
-@pytest.fixture(params=TABLES)
-def table(request: pytest.FixtureRequest) -> str:
-    if request.param not in native.tables():
-        pytest.skip(f"kernel table {request.param} is NOT TESTED: not built, or this CPU lacks it")
-    return str(request.param)
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(os.environ.get("D2MOE_SEED", np.random.SeedSequence().generate_state(1)[0]))
-    print(f"D2MOE_SEED={seed}")
-    return np.random.default_rng(seed)
 
 
 class Case:
@@ -75,7 +59,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> None:
 
 def test_some_table_is_there() -> None:
     assert native.tables()[0] == "scalar"
-    assert set(native.tables()) <= set(TABLES)
+    assert set(native.tables()) <= {"scalar", "avx2", "avx512", "neon"}
     assert len(native.tables()) > 1 or platform.machine() not in ("x86_64", "AMD64", "aarch64", "arm64")
 
 
