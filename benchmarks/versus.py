@@ -7,7 +7,8 @@ PEER is a virtual environment of its own with `llama-cpp-python` built for the m
     CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python==0.3.36 gguf numpy click
 
 Makes what is missing in the folder (OLMoE's shape: 7 GB ours, 11 GB the peer's). A round runs every setting once, each as a
-fresh process: the peer's types with and without repacking (see peer_llama.py), ours at each width. The order turns by one
+fresh process (ours reads its experts from storage in the first of at least three repeats, which the median leaves
+out): the peer's types with and without repacking (see peer_llama.py), ours at each width. The order turns by one
 each round. Every peer process finds its file in the page cache; ours reads past it and has a budget for all experts.
 The ratios are of each round: our generation at 3 and 4 bits to the fastest of all 4-bit settings of the peer, at 2 bits to
 the fastest of Q2_K; our prompts to the fastest of all its settings. The peer's fastest is chosen anew in each round and
@@ -240,7 +241,7 @@ def words(_: click.Context, __: click.Parameter, value: str) -> list[str]:
 )
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option(
-    "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Within a process; its median counts."
+    "--repeats", type=click.IntRange(3), default=3, show_default=True, help="Within a process; its median counts."
 )
 @click.option("--generate", type=click.IntRange(2), default=64, show_default=True)
 @click.option("--depth", type=click.IntRange(0), default=0, help="Also generate after so many tokens.")
