@@ -12,6 +12,7 @@ import pytest
 
 from d2moe.runtime import memory
 
+FOLDERS = memory.cgroup_folders
 PROGRAM = "from d2moe.runtime.memory import usable_cpus; print(usable_cpus())"
 
 
@@ -22,8 +23,7 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, files: dict
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     (tmp_path / "own").write_text(own)
-    real = memory.cgroup_folders
-    monkeypatch.setattr(memory, "cgroup_folders", lambda c: real(c, tmp_path / "cgroup", tmp_path / "own"))
+    monkeypatch.setattr(memory, "cgroup_folders", lambda c: FOLDERS(c, tmp_path / "cgroup", tmp_path / "own"))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     return memory.usable_cpus()
 
@@ -41,7 +41,8 @@ def test_version_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"cpu/x/cpu.cfs_quota_us": "400000", "cpu/x/cpu.cfs_period_us": "100000", "cpu/cpu.cfs_quota_us": "-1"}
     assert found(tmp_path, monkeypatch, own, files) == 4
     # Inside a container the path is often that of the host, and only the root is there.
-    assert found(tmp_path, monkeypatch, "5:cpu,cpuacct:/docker/far\n", {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}) == 2
+    files = {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}
+    assert found(tmp_path, monkeypatch, "5:cpu,cpuacct:/docker/far\n", files) == 2
 
 
 def test_nothing_known_means_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
