@@ -21,6 +21,10 @@ KvCache::KvCache(KvType type, int64_t layers, int64_t blocks, int64_t block_toke
   void* p = mmap(nullptr, size_t(bytes_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw std::bad_alloc();
   memory_ = static_cast<uint8_t*>(p);
+#if defined(MADV_HUGEPAGE)
+  // A long context is read in pieces all over the cache. The budget counts the whole of it, so a page too early costs nothing.
+  madvise(p, size_t(bytes_), MADV_HUGEPAGE);
+#endif
 }
 
 KvCache::~KvCache() { munmap(memory_, size_t(bytes_)); }

@@ -440,6 +440,7 @@ template <class F> inline void cut_scores(int64_t n, int64_t tiles, F&& f) {
     for (; i + N <= n; i += N) {
       int64_t t = 0;
       for (; t + S <= tiles; t += S) f(queries, side, i, t);
+      for (; t + 2 <= tiles; t += 2) f(queries, Index<2>{}, i, t);
       for (; t < tiles; ++t) f(queries, Index<1>{}, i, t);
     }
   };
