@@ -22,7 +22,7 @@ KvCache::KvCache(KvType type, int64_t layers, int64_t blocks, int64_t block_toke
   if (p == MAP_FAILED) throw std::bad_alloc();
   memory_ = static_cast<uint8_t*>(p);
 #if defined(MADV_HUGEPAGE)
-  // A long context is read in pieces all over the cache. The budget counts the whole of it, so a page too early costs nothing.
+  // A long context is read from all over the cache. The budget counts the whole of it, so a page too early costs nothing.
   madvise(p, size_t(bytes_), MADV_HUGEPAGE);
 #endif
 }
@@ -30,11 +30,10 @@ KvCache::KvCache(KvType type, int64_t layers, int64_t blocks, int64_t block_toke
 KvCache::~KvCache() { munmap(memory_, size_t(bytes_)); }
 
 KvCache::Head KvCache::head(int64_t layer, int64_t block, int64_t kv_head) const {
-  const int64_t bytes = block_bytes(type, block_tokens, 1, head_dim);
-  uint8_t* keys = memory_ + ((layer * blocks + block) * kv_heads + kv_head) * bytes;
-  uint8_t* values = keys + plane_bytes();
-  float* scales = reinterpret_cast<float*>(values + plane_bytes());
-  return {keys, values, scales, scales + block_tokens};
+  const int64_t pieces = layers * kv_heads * blocks, piece = (layer * kv_heads + kv_head) * blocks + block;
+  float* scales = reinterpret_cast<float*>(memory_ + 2 * pieces * plane_bytes());
+  return {memory_ + piece * plane_bytes(), memory_ + (pieces + piece) * plane_bytes(), scales + piece * block_tokens,
+          scales + (pieces + piece) * block_tokens};
 }
 
 void KvCache::store(const KernelTable& k, const Head& head, int64_t token, const float* key, const float* value) const {
@@ -69,16 +68,6 @@ void KvCache::store(const KernelTable& k, const Head& head, int64_t token, const
   head.value_scale[token] = quantize(value, [&](int64_t d0, int64_t n) {
     std::memcpy(head.values + token * head_dim + d0, codes, size_t(n));
   });
-}
-
-void KvCache::release(int64_t block) {
-  const int64_t bytes = block_bytes(type, block_tokens, kv_heads, head_dim);
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    const auto begin = reinterpret_cast<uintptr_t>(head(layer, block, 0).keys);
-    // Whole pages only; a page shared with a neighbouring block stays.
-    const uintptr_t a = uintptr_t(round_up(int64_t(begin), kAlign)), b = (begin + uintptr_t(bytes)) / kAlign * kAlign;
-    if (a < b) madvise(reinterpret_cast<void*>(a), b - a, MADV_DONTNEED);
-  }
 }
 
 namespace {

@@ -6,9 +6,10 @@ namespace d2moe {
 
 enum class KvType { f16, q8 };
 
-// Keys and values of all layers, in blocks of block_tokens tokens (a multiple of kKeyTile). One head of one block is
-//   keys in tiles of 16 tokens, values [block_tokens, head_dim]   (kernels.h, scores_* and mix_*), halves or one byte each;
-//   with q8 also a scale f32 for each token's key and each token's value.
+// Keys and values of all layers, in blocks of block_tokens tokens (a multiple of kKeyTile):
+//   keys [layers, kv_heads, blocks] of tiles of 16 tokens, then values [layers, kv_heads, blocks, block_tokens, head_dim]
+//   (kernels.h, scores_* and mix_*), halves or one byte each; with q8 also a scale f32 for each token's key, then each value.
+// A head's blocks are neighbours: blocks are mostly handed out in order, and a long context is then read as one stream.
 class KvCache {
 public:
   KvCache(KvType type, int64_t layers, int64_t blocks, int64_t block_tokens, int64_t kv_heads, int64_t head_dim);
@@ -23,7 +24,6 @@ public:
   Head head(int64_t layer, int64_t block, int64_t kv_head) const;
   // One token's key and value, [head_dim] each, into their place.
   void store(const KernelTable& k, const Head& head, int64_t token, const float* key, const float* value) const;
-  void release(int64_t block); // the block's pages go back to the system
 
   // Bytes of one block of one layer.
   static int64_t block_bytes(KvType type, int64_t block_tokens, int64_t kv_heads, int64_t head_dim);

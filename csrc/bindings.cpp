@@ -289,11 +289,7 @@ NB_MODULE(_native, m) {
       .def("__init__", [](KvCache* self, const std::string& type, int64_t layers, int64_t blocks, int64_t block_tokens, int64_t kv_heads, int64_t head_dim) {
              expect(type == "f16" || type == "q8", "a cache is of type f16 or q8");
              new (self) KvCache(type == "q8" ? KvType::q8 : KvType::f16, layers, blocks, block_tokens, kv_heads, head_dim);
-           }, "type"_a, "layers"_a, "blocks"_a, "block_tokens"_a, "kv_heads"_a, "head_dim"_a)
-      .def("release", [](KvCache& kv, int64_t block) {
-        expect(block >= 0 && block < kv.blocks, "no such block");
-        kv.release(block);
-      });
+           }, "type"_a, "layers"_a, "blocks"_a, "block_tokens"_a, "kv_heads"_a, "head_dim"_a);
   nb::class_<PyAttention>(m, "Attention")
       .def(nb::init<int64_t, int64_t, int64_t, int64_t, int, float, float, In<float>, const PyLinear&, const PyLinear&,
                     const PyLinear&, const PyLinear&, std::optional<In<float>>, std::optional<In<float>>>(),

@@ -76,9 +76,6 @@ class KvCache:
         """Keys or values float32 [..., head_dim] as the compiled cache would give them back."""
         return x.astype(np.float16).astype(np.float32) if self.kind == "f16" else round_head(x)
 
-    def release(self, block: int) -> None:
-        self.data.pop(block, None)
-
 
 def round_head(x: F32) -> F32:
     """Each head float32 [..., head_dim] in steps of its largest magnitude / 127."""

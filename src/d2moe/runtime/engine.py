@@ -66,7 +66,7 @@ class Engine:
                 raise ConfigError(str(error)) from None
         blocks = padded(self.context, BLOCK_TOKENS) // BLOCK_TOKENS * config.max_sequences
         self.kv = backend.KvCache(config.kv, shape.layers, blocks, BLOCK_TOKENS, shape.kv_heads, shape.head_dim)
-        self._pages = Pages(self.kv, blocks, self.context)
+        self._pages = Pages(blocks, self.context)
         self.experts = backend.Experts(
             self.runtime,
             layers=len(layers),
