@@ -123,20 +123,19 @@ struct Desk {
   int64_t span;
 };
 
-// Scores of all queries against blocks [block0, block1), the query's own factor included.
+// Scores of all queries against blocks [block0, block1), the query's own factor included; queries in halves bring it along.
 void score(const KernelTable& k, const KvCache& kv, int64_t layer, const int32_t* blocks, int64_t block0, int64_t block1,
            int64_t kv_head, int64_t n, const Desk& d) {
   const int64_t dim = kv.head_dim, tiles = kv.block_tokens / kKeyTile;
   const int padded = int(round_up(dim, 4));
   float factor[kQueries];
   for (int64_t i = 0; i < n; ++i) {
-    factor[i] = 1.0f / std::sqrt(float(dim));
-    if (kv.type != KvType::q8) continue;
+    if (kv.type != KvType::q8) break;
     float largest = 0.0f;
     for (int64_t e = 0; e < dim; ++e) largest = std::fmax(largest, std::fabs(d.q[i * dim + e]));
     const float inverse = largest > 0x1p-100f ? 127.0f / largest : 0.0f;
     for (int64_t e = 0; e < dim; ++e) d.codes[i * padded + e] = int8_t(std::nearbyintf(d.q[i * dim + e] * inverse));
-    factor[i] *= largest / 127.0f;
+    factor[i] = largest / 127.0f;
   }
   for (int64_t b = block0; b < block1; ++b) {
     const KvCache::Head head = kv.head(layer, blocks[b], kv_head);
@@ -146,7 +145,7 @@ void score(const KernelTable& k, const KvCache& kv, int64_t layer, const int32_t
     else
       k.scores_q8(head.keys, head.key_scale, tiles, dim, d.codes, padded, n, out);
   }
-  for (int64_t i = 0; i < n; ++i)
+  for (int64_t i = 0; i < n && kv.type == KvType::q8; ++i)
     for (int64_t j = 0; j < (block1 - block0) * kv.block_tokens; ++j) d.scores[i * d.span + j] *= factor[i];
 }
 
@@ -167,6 +166,18 @@ void mix(const KernelTable& k, const KvCache& kv, int64_t layer, const int32_t* 
   }
 }
 
+// In lanes, which compilers make registers of; std::max_element takes one at a time.
+float largest_of(const float* x, int64_t n) {
+  constexpr int kLanes = 16;
+  float lane[kLanes];
+  std::fill(lane, lane + kLanes, x[0]);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int l = 0; l < kLanes; ++l) lane[l] = x[i + l] > lane[l] ? x[i + l] : lane[l];
+  for (; i < n; ++i) lane[0] = std::max(lane[0], x[i]);
+  return *std::max_element(lane, lane + kLanes);
+}
+
 // All queries of one item over their keys; the order of additions depends on each query's position alone.
 void attend(const KernelTable& k, const AttentionShape& s, const KvCache& kv, int64_t layer, const TokenPlaces& places,
             const Item& item, const float* q, const Desk& d, float* out) {
@@ -177,14 +188,17 @@ void attend(const KernelTable& k, const AttentionShape& s, const KvCache& kv, in
   const int64_t start = s.window > 0 ? std::max(position - s.window + 1, int64_t(0)) : 0;
   const int64_t block0 = start / kv.block_tokens, block1 = (position + item.tokens - 1) / kv.block_tokens + 1;
   const int64_t origin = block0 * kv.block_tokens;
-  for (int64_t i = 0; i < n; ++i)
-    std::copy_n(q + (item.token + i / item.heads) * q_dim + (item.head + i % item.heads) * dim, dim, d.q + i * dim);
+  const float root = 1.0f / std::sqrt(float(dim));
+  for (int64_t i = 0; i < n; ++i) {
+    const float* from = q + (item.token + i / item.heads) * q_dim + (item.head + i % item.heads) * dim;
+    for (int64_t e = 0; e < dim; ++e) d.q[i * dim + e] = from[e] * root;
+  }
   score(k, kv, layer, blocks, block0, block1, kv_head, n, d);
   float sums[kQueries];
   for (int64_t i = 0; i < n; ++i) {
     float* scores = d.scores + i * d.span + start - origin;
     const int64_t count = position + i / item.heads + 1 - start;
-    sums[i] = k.exp_sum(scores, *std::max_element(scores, scores + count), count);
+    sums[i] = k.exp_sum(scores, largest_of(scores, count), count);
   }
   std::fill(d.out, d.out + n * dim, 0.0f);
   mix(k, kv, layer, blocks, kv_head, start, position + 1, origin, 0, n, d); // what all see

@@ -512,8 +512,15 @@ void mix_f16(const uint16_t* values, int64_t count, int64_t head_dim, ConstRows 
 }
 
 void mix_q8(const int8_t* values, const float* value_scale, int64_t count, int64_t head_dim, ConstRows p, int64_t n, Rows out) {
-  mix(count, head_dim, n, out, [&](int64_t j, int64_t d, __mmask16 k) { return signed_bytes(values + j * head_dim + d, k); },
-      [&](int64_t i, int64_t j) { return p.data[i * p.stride + j] * value_scale[j]; });
+  constexpr int64_t kValues = 64;
+  float weight[kQueries][kValues]; // multiplied once, not for every part of the head; and a broadcast from memory is free
+  for (int64_t j0 = 0; j0 < count; j0 += kValues, values += kValues * head_dim) {
+    const int64_t rows = least(kValues, count - j0);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < rows; ++j) weight[i][j] = p.data[i * p.stride + j0 + j] * value_scale[j0 + j];
+    mix(rows, head_dim, n, out, [&](int64_t j, int64_t d, __mmask16 k) { return signed_bytes(values + j * head_dim + d, k); },
+        [&](int64_t i, int64_t j) { return weight[i][j]; });
+  }
 }
 
 // ---- the other slots -----------------------------------------------------------------------------------------------

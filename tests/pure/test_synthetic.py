@@ -57,9 +57,9 @@ def test_weights_have_the_spread_of_a_model(tmp_path: Path, tokenizer: Path, bit
     # A code cut to b bits is uniform over 2**b values, so it spreads a little less than a uniform variable.
     share = (1 - 4.0**-bits) ** 0.5
     for name in ("embed", "head", "layers.1.attn.o"):
-        w = values(container.read_nested(name, bits), bits, *sources[name].shape)
+        w = values(container.read_nested(name, 8), 8, *sources[name].shape)  # whole, however wide the experts are
         expected = {"embed": 1.0, "head": 192**-0.5, "layers.1.attn.o": MIXING * 192**-0.5}[name]
-        assert w.std() == pytest.approx(expected * share, rel=0.02) and abs(w.mean()) < 0.02 * expected
+        assert w.std() == pytest.approx(expected, rel=0.02) and abs(w.mean()) < 0.02 * expected
     for projection, matrix in container.read_expert(1, 3, bits).items():
         layout = container.record.matrix(projection)
         w = values(matrix, bits, layout.rows, layout.cols)
@@ -85,8 +85,6 @@ def test_planes_above_the_width_are_holes(tmp_path: Path, tokenizer: Path) -> No
     assert all((wide / p).stat().st_size == (narrow / p).stat().st_size for p in weights)
     container = Container.open(narrow)
     assert container.manifest.quantizer["bits"] == 4
-    full = container.read_nested("embed", 8)
-    assert all(p.any() for p in full.planes[:2]) and not any(p.any() for p in full.planes[2:])
     record = container.read_record(1, 5, 8)
     cut = container.record.prefix_bytes(4)
     assert record[:cut].any() and not record[cut:].any()

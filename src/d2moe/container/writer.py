@@ -23,7 +23,7 @@ from d2moe.container import manifest as facts_of
 from d2moe.container.files import crc_of_range, crc_of_zeros, read_small, refuse_write, shown, sync_folder, write_at
 from d2moe.container.journal import NAME as JOURNAL
 from d2moe.container.journal import Journal
-from d2moe.container.layout import ARRAYS, SEGMENTS, RecordLayout, arrays_at, expert_file, expert_tensor
+from d2moe.container.layout import ARRAYS, SEGMENTS, RecordLayout, expert_file, expert_tensor
 from d2moe.container.manifest import CHECKSUMS, CONFIG, DENSE, MANIFEST, VERSION, FileFacts, Manifest
 from d2moe.container.record import NestedMatrix, pack_record
 from d2moe.container.safetensors_header import DTYPES, build_header
@@ -52,8 +52,8 @@ class ContainerWriter:
 
     `dense` gives type and shape of every dense tensor in file order, `files` the small files (content, or path of the
     original), `source` and `quantizer` whatever identifies the conversion: resuming under other facts is refused.
-    With `bits` below 8 the planes above that width are not written: they are holes of the files, which read as zeros and
-    take no space, for measurements that never ask for them.
+    With `bits` below 8 the experts' planes above that width are not written: they are holes of the files, which read as
+    zeros and take no space, for measurements that never ask for them.
     Leaving without `finish` keeps `dst`.partial for the next run. Raises StorageError (disk full, how much is missing)
     and ContainerError (dst exists, other facts). Only one writer at a time.
     """
@@ -82,8 +82,6 @@ class ContainerWriter:
         self._source, self._quantizer = dict(source), dict(quantizer)
         header, self._entries = build_header(dense)
         dense_bytes = sum(entry.n_bytes for entry in self._entries.values())
-        above = set(ARRAYS) - set(arrays_at(bits))
-        self._holes = [name for name in self._entries if name.rpartition(".")[2] in above]
         self._dense = _File(DENSE, self.partial / DENSE, header, len(header) + dense_bytes)
         self._layers = {layer: self._expert_file(layer) for layer in self.layers}
         self._begun: dict[str, tuple[int, int]] = {}  # dense tensors under way: bytes written, CRC of them
@@ -122,10 +120,6 @@ class ContainerWriter:
             self._journal = Journal(self.partial / JOURNAL, self._facts(), set(names) <= {JOURNAL})
             (self.partial / "experts").mkdir(exist_ok=True)
             self._recheck(self._journal)
-            for name in self._holes:
-                if not self.is_dense_done(name):
-                    self._create(self._dense)
-                    self._note({"dense": name, "crc": crc_of_zeros(self._entries[name].n_bytes)})
         except OSError as e:
             self.close()
             refuse_write(e, self.partial, self.missing_bytes())
@@ -204,7 +198,6 @@ class ContainerWriter:
     def missing_bytes(self) -> int:
         """Bytes of the container that have no place on the disk yet and need one."""
         taken = len(self.layers) * self.experts * (self.record.record_bytes - self.record.prefix_bytes(self.bits))
-        taken += sum(self._entries[name].n_bytes for name in self._holes)
         for file in self._all_files():
             if file.path.is_file():
                 taken += min(file.path.stat().st_blocks * 512, file.n_bytes)
@@ -239,9 +232,8 @@ class ContainerWriter:
         The array must have the announced type, and the announced shape but for the number of rows in this piece.
         """
         entry = self._entries.get(name)
-        if entry is None or name in self._holes:
-            what = "is a hole" if entry else "was not announced to the writer"
-            raise ContainerError(f"{self.dst}: dense tensor {shown(name)} {what}")
+        if entry is None:
+            raise ContainerError(f"{self.dst}: dense tensor {shown(name)} was not announced to the writer")
         dtype = DTYPES[entry.dtype]
         fits = array.dtype == dtype and array.ndim == len(entry.shape) and array.shape[1:] == entry.shape[1:]
         if not fits or (array.ndim and not 0 <= first <= entry.shape[0] - array.shape[0]):
@@ -265,8 +257,8 @@ class ContainerWriter:
 
     def add_nested(self, name: str, matrix: NestedMatrix, first: int = 0) -> None:
         """Write tiles `first`… of a dense matrix, all bits of it; a large one may come in pieces, ascending."""
-        if matrix.bits != self.bits:
-            raise ContainerError(f"{self.dst}: dense matrix {shown(name)} has {matrix.bits} bits, expected {self.bits}")
+        if matrix.bits != MAX_BITS:
+            raise ContainerError(f"{self.dst}: dense matrix {shown(name)} has {matrix.bits} bits, expected {MAX_BITS}")
         for kind, array in matrix.arrays.items():
             self.add_dense(f"{name}.{kind}", array, first)
 

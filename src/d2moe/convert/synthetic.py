@@ -90,8 +90,9 @@ def synthesise(
 ) -> Path:
     """Write a container of `config`'s shape to `dst` with random weights and the given tokenizer.json.
 
-    Planes above `bits` are holes of the files: they read as zeros and take no space on the disk, so a large model can be
-    measured at `bits` where it would not fit in full. The same arguments give the same bytes.
+    The experts' planes above `bits` are holes of the files: they read as zeros and take no space on the disk, so a large
+    model can be measured at `bits` where it would not fit in full. Zeros are not random bits: wider than that all weights
+    lean to one side, and so do the routers. The same arguments give the same bytes.
     """
     check_width(bits)
     shape = shape_from_config(config, "synthetic config")
@@ -143,7 +144,7 @@ def _add_matrix(
     step = max(PIECE_WEIGHTS // (whole.cols * TILE_ROWS), 1) * TILE_ROWS
     for row in range(0, whole.rows, step):
         piece = MatrixLayout(min(step, whole.rows - row), whole.cols, whole.group)
-        writer.add_nested(name, _matrix(rng, piece, spread, writer.bits), row // TILE_ROWS)
+        writer.add_nested(name, _matrix(rng, piece, spread, MAX_BITS), row // TILE_ROWS)
 
 
 def _record(rng: np.random.Generator, layout: RecordLayout, bits: int) -> U8:
