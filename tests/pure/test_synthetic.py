@@ -91,7 +91,7 @@ def test_planes_above_the_width_are_holes(tmp_path: Path, tokenizer: Path) -> No
     if sum((wide / p).stat().st_blocks for p in weights) == sum((narrow / p).stat().st_blocks for p in weights):
         pytest.skip("no sparse files here")
     saved = sum(((wide / p).stat().st_blocks - (narrow / p).stat().st_blocks) * 512 for p in weights)
-    assert saved >= 2 * 6 * 4 * container.record.plane_bytes
+    assert saved >= 2 * 6 * 4 * container.record.plane_bytes - 4096 * len(weights)  # a page may be shared with data
 
 
 class Stop(Exception):

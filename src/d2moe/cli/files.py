@@ -25,7 +25,7 @@ class _Conversion:
 
 
 @click.command()
-@click.argument("src", type=click.Path(exists=True, file_okay=False))
+@click.argument("src", type=click.Path(exists=True))
 @click.argument("dst", type=click.Path())
 @click.option(
     "--group", type=click.Choice(["64", "128"]), default="64", show_default=True, help="Weights that share a scale."
@@ -36,18 +36,21 @@ class _Conversion:
     "ignore_config_keys",
     multiple=True,
     metavar="KEY",
-    help="Convert although config.json has this key, which d2moe does not know; may be given several times.",
+    help="Convert although the config has this key, which d2moe does not know; may be given several times.",
 )
 def convert(src: str, dst: str, group: str, threads: int | None, ignore_config_keys: tuple[str, ...]) -> None:
     """Convert a checkpoint to a nested model.
 
-    SRC is the folder of a Hugging Face checkpoint (safetensors, sharded or not), DST the model to make. It is read
-    tensor by tensor. Interrupted, it leaves DST.partial, and the same command goes on there.
+    SRC is the folder of a Hugging Face checkpoint (safetensors, sharded or not) or a GGUF file of llama.cpp, DST the
+    model to make. It is read tensor by tensor. Interrupted, it leaves DST.partial, and the same command goes on there.
+
+    A GGUF file needs pip install 'd2moe[gguf]'. A tokenizer.json beside it is preferred to the one made of it.
 
     \b
     Examples:
       d2moe convert ~/models/OLMoE-1B-7B-0924 olmoe.d2moe
       d2moe convert Qwen3-30B-A3B qwen3.d2moe --group 128 --threads 8
+      d2moe convert Qwen3-30B-A3B-Q8_0.gguf qwen3.d2moe
     """
     from d2moe.cli.progress import Bar
     from d2moe.convert.pipeline import convert as run

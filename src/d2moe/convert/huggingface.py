@@ -108,7 +108,7 @@ class Checkpoint:
         path = Path(path)
         if not path.is_dir():
             what = "is a file" if path.exists() else "no such folder"
-            raise CheckpointError(f"{path}: {what}; give the folder that holds config.json and {SINGLE}")
+            raise CheckpointError(f"{path}: {what}; give a .gguf file, or the folder of config.json and {SINGLE}")
         where = path / "config.json"
         config = read_small(where, MAX_JSON_BYTES, CheckpointError, "is this the folder of a Hugging Face checkpoint?")
         table = parse_json(config, str(where), CheckpointError, "download it again")
@@ -224,14 +224,14 @@ class Checkpoint:
         """A small dense tensor as float32 of its `target_shape`, checked to be finite."""
         place = self.dense[canonical]
         values = place.file.read_float32(place.name)
-        _check_values(values, place, float(np.finfo(np.float32).max))
+        check_values(values, place, float(np.finfo(np.float32).max))
         return values.reshape(self.target_shape(canonical))
 
     def linear_pieces(self, canonical: str, multiple: int) -> Iterator[F32]:
         """A matrix from top to bottom, float32 [rows, cols] each; rows a multiple of `multiple` but for the last."""
         place, row = self.dense[canonical], 0
         for piece in self._pieces(place, multiple):
-            _check_values(piece, place, MAX_WEIGHT, (row,))
+            check_values(piece, place, MAX_WEIGHT, (row,))
             row += len(piece)
             yield piece
 
@@ -246,18 +246,18 @@ class Checkpoint:
         if layer not in self._fused:
             for projection, place in zip(PROJECTIONS, self._separate[layer, index], strict=True):
                 values = place.file.read_float32(place.name)
-                _check_values(values, place, MAX_WEIGHT)
+                check_values(values, place, MAX_WEIGHT)
                 yield projection, values
             return
         both, down = self._fused[layer]
         raw, inner = both.file.read_index(both.name, index), self.shape.expert_inner
         for projection, row in (("gate", 0), ("up", inner)):
             values = as_float32(raw[row : row + inner], both.dtype)
-            _check_values(values, both, MAX_WEIGHT, (index, row))
+            check_values(values, both, MAX_WEIGHT, (index, row))
             yield projection, values
         del raw
         values = as_float32(down.file.read_index(down.name, index), down.dtype)
-        _check_values(values, down, MAX_WEIGHT, (index, 0))
+        check_values(values, down, MAX_WEIGHT, (index, 0))
         yield "down", values
 
     # --- facts ---
@@ -284,7 +284,7 @@ class Checkpoint:
         digest = hashlib.sha256(self.config_bytes)
         for shard in self._shards:
             digest.update(f"\n{shard.path.name} ".encode())
-            _sample(shard.path, digest.update)
+            sample(shard.path, digest.update)
         return {
             "name": self.path.resolve().name,
             "model_type": self.shape.model_type,
@@ -364,8 +364,8 @@ def _open_shards(path: Path, files: list[str], index: dict[str, str] | None) -> 
     return shards
 
 
-def _check_values(values: F32, place: Place, limit: float, at: tuple[int, ...] = ()) -> None:
-    """Refuse NaN, infinity and magnitudes above `limit`; `at` is where `values` begin in the tensor."""
+def check_values(values: F32, place: object, limit: float, at: tuple[int, ...] = ()) -> None:
+    """Refuse NaN, infinity and magnitudes above `limit`; `place` names the tensor, `at` is where `values` begin in it."""
     if values.size == 0 or (values.min() >= -limit and values.max() <= limit):  # NaN fails both
         return
     wrong = np.argwhere(~(np.abs(values) <= limit))[0]
@@ -382,7 +382,7 @@ def _check_values(values: F32, place: Place, limit: float, at: tuple[int, ...] =
     raise CheckpointError(f"{place} has {found} at {first}, expected finite weights; is the checkpoint damaged?")
 
 
-def _sample(path: Path, update: Callable[[bytes], None]) -> None:
+def sample(path: Path, update: Callable[[bytes], None]) -> None:
     """Feed a hash with the size of a file, its start, and pieces spread over it: not a proof, but any other training
     of the same model differs there."""
     n_bytes = path.stat().st_size

@@ -16,7 +16,8 @@ from typing import Protocol
 
 from d2moe.container import ContainerWriter, NestedMatrix, RecordLayout
 from d2moe.container.manifest import GROUPS
-from d2moe.convert.huggingface import F32, Checkpoint, dense_tensors
+from d2moe.convert.huggingface import F32, dense_tensors
+from d2moe.convert.source import ModelSource, open_source
 from d2moe.errors import CheckpointError, ConfigError
 from d2moe.kernels import native
 from d2moe.types import TILE_ROWS
@@ -49,11 +50,11 @@ def convert(
     progress: Progress | None = None,
     ignore_config_keys: Collection[str] = (),
 ) -> Path:
-    """Convert the Hugging Face checkpoint in the folder `src` to the container `dst`; returns `dst`.
+    """Convert `src`, the folder of a Hugging Face checkpoint or a GGUF file, to the container `dst`; returns `dst`.
 
     `group` weights along the input share a scale; `threads` None means all CPUs this process may use. `dst`.partial
     holds an unfinished conversion; the same call resumes it. Interrupted, it raises KeyboardInterrupt with a message
-    that says so. Raises ConfigError (config.json, or an argument), CheckpointError (the weights or the tokenizer; then
+    that says so. Raises ConfigError (the config, or an argument), CheckpointError (the weights or the tokenizer; then
     nothing is left behind), ContainerError (`dst` exists, or the .partial is of another conversion) and StorageError.
     """
     if isinstance(group, bool) or group not in GROUPS:
@@ -61,7 +62,7 @@ def convert(
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise ConfigError(f"threads is {threads!r}, expected a whole number of at least 1")
     threads = threads or len(os.sched_getaffinity(0))
-    with Checkpoint.open(src, ignore_config_keys) as checkpoint:
+    with open_source(src, ignore_config_keys) as checkpoint:
         writer = _writer(checkpoint, Path(dst), group, ignore_config_keys)
         job = _Job(checkpoint, writer, group, threads, progress or _Silent())
         try:
@@ -79,7 +80,7 @@ def convert(
             raise
 
 
-def _writer(checkpoint: Checkpoint, dst: Path, group: int, ignored: Collection[str]) -> ContainerWriter:
+def _writer(checkpoint: ModelSource, dst: Path, group: int, ignored: Collection[str]) -> ContainerWriter:
     shape = checkpoint.shape
     return ContainerWriter(
         dst,
@@ -96,7 +97,7 @@ def _writer(checkpoint: Checkpoint, dst: Path, group: int, ignored: Collection[s
 class _Job:
     """One run: `done` and `total` count weights."""
 
-    def __init__(self, checkpoint: Checkpoint, writer: ContainerWriter, group: int, threads: int, progress: Progress):
+    def __init__(self, checkpoint: ModelSource, writer: ContainerWriter, group: int, threads: int, progress: Progress):
         self.checkpoint, self.writer, self.progress = checkpoint, writer, progress
         self._group, self._threads = group, threads
         shape = checkpoint.shape
