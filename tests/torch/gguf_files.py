@@ -1,0 +1,157 @@
+"""GGUF files of Hugging Face checkpoints, as llama.cpp's converter writes them, for tests.
+
+Names come from gguf's own map. Like the converter it stacks the experts of a layer, orders the rows of Mixtral's queries
+and keys for llama.cpp's rotary embedding, and stores norms, biases and routers as float32.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+from safetensors.torch import load_file, save_file
+
+ARCHITECTURES = {
+    "mixtral": gguf.MODEL_ARCH.LLAMA,
+    "olmoe": gguf.MODEL_ARCH.OLMOE,
+    "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE,
+    "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
+}
+Array = np.ndarray[Any, Any]
+
+
+def permute(w: Array, heads: int) -> Array:
+    """LlamaModel.permute of llama.cpp's conversion/llama.py."""
+    return w.reshape(heads, 2, len(w) // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+
+
+def unpermute(w: Array, heads: int) -> Array:
+    return w.reshape(heads, len(w) // heads // 2, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+
+
+def random_blocks(rng: np.random.Generator, kind: Kind, shape: tuple[int, ...]) -> Array:
+    """Random bytes of a type, uint8 [..., bytes of a row], with weights of an ordinary size."""
+    per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    n_blocks = int(np.prod(shape)) // per_block
+    raw = rng.integers(0, 256, (n_blocks, block_bytes), dtype=np.uint8)
+    while True:
+        with np.errstate(all="ignore"):
+            values = gguf.quants.dequantize(raw, kind).reshape(n_blocks, -1)
+            bad = np.flatnonzero(~(np.abs(values) < 100).all(axis=1))
+        if not len(bad):
+            return raw.reshape(*shape[:-1], shape[-1] // per_block * block_bytes)
+        raw[bad] = rng.integers(0, 256, (len(bad), block_bytes), dtype=np.uint8)
+
+
+def stacked(tensors: dict[str, Array]) -> dict[str, Array]:
+    """One tensor for all experts of a layer, under the names the converter gives them."""
+    out, experts = {}, defaultdict(dict[int, Array])
+    for name, values in tensors.items():
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(block_sparse_moe|mlp)\.experts\.(\d+)\.(\w+)\.weight", name)
+        if match is None:
+            out[name] = values
+            continue
+        layer, block, index, part = match.groups()
+        stem = f"layers.{layer}.feed_forward" if block == "block_sparse_moe" else f"model.layers.{layer}.mlp"
+        experts[f"{stem}.experts.{part}.weight"][int(index)] = values
+    return out | {name: np.stack([each[i] for i in range(len(each))]) for name, each in experts.items()}
+
+
+def write_gguf(
+    src: Path, dst: Path, kind: Kind = Kind.F32, rng: np.random.Generator | None = None, keys: Any = None
+) -> None:
+    """Write the checkpoint in `src`, one tensor per expert, as a GGUF file with its tokenizer.json beside it.
+
+    Matrices are of `kind`: F32, F16 or BF16 of the same values; another with `rng` gets random blocks, and the
+    checkpoint their values in float32. `keys` are added to the metadata.
+    """
+    config = json.loads((src / "config.json").read_text())
+    family, layers = config["model_type"], config["num_hidden_layers"]
+    arch = ARCHITECTURES[family]
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    names = gguf.get_tensor_name_map(arch, layers)
+    saved = {name: t.to(torch.float32).numpy() for name, t in load_file(src / "model.safetensors").items()}
+    writer = gguf.GGUFWriter(dst, gguf.MODEL_ARCH_NAMES[arch])
+    _add_metadata(writer, config, family)
+    for key, value in (keys or {}).items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    drawn: dict[str, Array] = {}
+    for name, values in stacked(saved).items():
+        role = next((role for role in heads if f".{role}." in name), None) if family == "mixtral" else None
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert target, name
+        values = np.squeeze(values)
+        if values.ndim == 1 or "ffn_gate_inp" in target or kind == Kind.F32:
+            writer.add_tensor(target, np.ascontiguousarray(permute(values, heads[role]) if role else values))
+        elif rng is None:
+            ordered = np.ascontiguousarray(permute(values, heads[role]) if role else values)
+            writer.add_tensor(target, gguf.quants.quantize(ordered, kind), raw_dtype=kind)
+        else:
+            raw = random_blocks(rng, kind, values.shape)
+            writer.add_tensor(target, raw, raw_dtype=kind)
+            decoded = gguf.quants.dequantize(raw, kind).reshape(values.shape)
+            drawn[name] = unpermute(decoded, heads[role]) if role else decoded
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (dst.parent / name).write_bytes((src / name).read_bytes())
+    if drawn:
+        save_file(
+            {n: torch.from_numpy(v.copy()) for n, v in _separate(saved, drawn).items()}, src / "model.safetensors"
+        )
+
+
+def _separate(saved: dict[str, Array], drawn: dict[str, Array]) -> dict[str, Array]:
+    """`saved` with the values of `drawn`, where experts are stacked."""
+    out = dict(saved)
+    for name in saved:
+        key = re.sub(r"\.experts\.\d+\.", ".experts.", name)
+        key = re.sub(r"model\.(layers\.\d+)\.block_sparse_moe\.experts", r"\1.feed_forward.experts", key)
+        if key in drawn:
+            match = re.search(r"\.experts\.(\d+)\.", name)
+            out[name] = drawn[key][int(match[1])] if match else drawn[key]
+    return out
+
+
+def _add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], family: str) -> None:
+    """set_gguf_parameters of llama.cpp's conversion/base.py and those of the families."""
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    rope = config["rope_parameters"]
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope.get("rope_type") in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope.get("rope_type") == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        for key, add in (("attention_factor", "attn_factor"), ("beta_fast", "beta_fast"), ("beta_slow", "beta_slow")):
+            if rope.get(key) is not None:
+                getattr(writer, f"add_rope_scaling_yarn_{add}")(rope[key])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_expert_count(config.get("num_local_experts") or config["num_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    if config.get("head_dim") is not None:
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
+    if family == "mixtral":
+        writer.add_vocab_size(config["vocab_size"])
+        size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        writer.add_rope_dimension_count(size)
+    if family.startswith("qwen"):
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if family == "qwen2_moe":
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    writer.add_eos_token_id(config["eos_token_id"])
