@@ -121,7 +121,7 @@ def tree(path: Path) -> dict[str, str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_weight_arrives(family: str, layout: str, dtype: str, tmp_path: Path) -> None:
     _, model = tiny_checkpoint(family, tmp_path / "src", layout, dtype)
-    assert convert(tmp_path / "src", tmp_path / "dst") == tmp_path / "dst"
+    assert convert(tmp_path / "src", tmp_path / "dst", balance=False) == tmp_path / "dst"
     check_container(tmp_path / "dst", model)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "dst" / name).read_bytes() == (tmp_path / "src" / name).read_bytes()
@@ -144,7 +144,7 @@ def test_shards_and_layouts_give_the_same_container(layout: str, tmp_path: Path)
 
 def test_group_of_128_and_attention_biases(tmp_path: Path) -> None:
     _, model = tiny_checkpoint("qwen3_moe", tmp_path / "src", attention_bias=True, num_hidden_layers=2)
-    convert(tmp_path / "src", tmp_path / "dst", group=128)
+    convert(tmp_path / "src", tmp_path / "dst", group=128, balance=False)
     container = Container.open(tmp_path / "dst")
     assert container.record.group == 128
     assert np.abs(container.read_dense("layers.1.attn.o_bias")).max() > 0
@@ -154,16 +154,16 @@ def test_group_of_128_and_attention_biases(tmp_path: Path) -> None:
 
 def test_large_matrices_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model = tiny_checkpoint("mixtral", tmp_path / "src", num_hidden_layers=1)
-    convert(tmp_path / "src", tmp_path / "whole")
+    convert(tmp_path / "src", tmp_path / "whole", balance=False)
     monkeypatch.setattr("d2moe.convert.huggingface.PIECE_BYTES", 64 * 4 * 40)  # 40 rows, so 32
-    convert(tmp_path / "src", tmp_path / "pieces")
+    convert(tmp_path / "src", tmp_path / "pieces", balance=False)
     assert tree(tmp_path / "whole") == tree(tmp_path / "pieces")
     check_container(tmp_path / "pieces", model)
 
 
 def test_tied_embeddings(tmp_path: Path) -> None:
     _, model = tiny_checkpoint("qwen3_moe", tmp_path / "src", num_hidden_layers=2, tie_word_embeddings=True)
-    convert(tmp_path / "src", tmp_path / "dst")
+    convert(tmp_path / "src", tmp_path / "dst", balance=False)
     check_container(tmp_path / "dst", model)
 
     def untie(tensors: dict[str, torch.Tensor], change: float) -> None:

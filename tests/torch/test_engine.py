@@ -19,7 +19,9 @@ from d2moe.runtime.engine import Engine  # noqa: E402
 from d2moe.runtime.request import Chunk  # noqa: E402
 
 
-@pytest.fixture(scope="module", params=[(f, d) for f in FAMILIES for d in (True, False)], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(
+    scope="module", params=[(f, d) for f in FAMILIES for d in (True, False)], ids=lambda p: f"{p[0]}-{p[1]}"
+)
 def case(request, tmp_path_factory):
     """(container path, transformers model, decisive) of one family; the model's weights are replaced per width.
 
@@ -41,9 +43,10 @@ def dequantised(path, model, bits, dense_bits):
     names = family(shape.model_type).source_names(shape)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     for canonical, source in names.dense.items():
-        if not source.quantized:
-            continue
         target = next(n for n in source.names if n in state)
+        if not source.quantized:  # conversion moves factors between norms and columns
+            state[target] = torch.from_numpy(container.read_dense(canonical).copy()).reshape(source.shape)
+            continue
         state[target] = values(container.read_nested(canonical, dense_bits), dense_bits, *source.shape)
     record = container.record
     for layer in container.moe_layers:
@@ -86,7 +89,9 @@ def test_logits_agree_with_transformers(case, bits, dense_bits):
     finally:
         model.load_state_dict(original)
 
-    with Engine.load(path, EngineConfig(kernels="reference-float", bits=bits, dense_bits=dense_bits, context=320)) as engine:
+    with Engine.load(
+        path, EngineConfig(kernels="reference-float", bits=bits, dense_bits=dense_bits, context=320)
+    ) as engine:
         # The middle token here, too: two floats that differ in the last bit can decide a near tie of a router.
         assert np.median(per_token(fed(engine, tokens, bits), expected)) <= 1e-3
         assert np.median(per_token(fed(engine, tokens[:10], bits, one_by_one=True), expected[:10])) <= 1e-3

@@ -30,6 +30,13 @@ class _Conversion:
 @click.option(
     "--group", type=click.Choice(["64", "128"]), default="64", show_default=True, help="Weights that share a scale."
 )
+@click.option(
+    "--balance/--no-balance",
+    default=True,
+    show_default=True,
+    help="Move factors between weights that follow each other (norms and columns, up and down, v and o): no output "
+    "changes, and low widths lose less.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads [default: all CPUs this process may use].")
 @click.option(
     "--ignore-config-key",
@@ -38,7 +45,9 @@ class _Conversion:
     metavar="KEY",
     help="Convert although the config has this key, which d2moe does not know; may be given several times.",
 )
-def convert(src: str, dst: str, group: str, threads: int | None, ignore_config_keys: tuple[str, ...]) -> None:
+def convert(
+    src: str, dst: str, group: str, balance: bool, threads: int | None, ignore_config_keys: tuple[str, ...]
+) -> None:
     """Convert a checkpoint to a nested model.
 
     SRC is the folder of a Hugging Face checkpoint (safetensors, sharded or not) or a GGUF file of llama.cpp, DST the
@@ -60,6 +69,7 @@ def convert(src: str, dst: str, group: str, threads: int | None, ignore_config_k
             src,
             dst,
             group=int(group),
+            balance=balance,
             threads=threads,
             progress=_Conversion(bar),
             ignore_config_keys=ignore_config_keys,

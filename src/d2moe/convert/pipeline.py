@@ -12,10 +12,11 @@ import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from d2moe.container import ContainerWriter, NestedMatrix, RecordLayout
 from d2moe.container.manifest import GROUPS
+from d2moe.convert.balance import SHARE, Balanced
 from d2moe.convert.huggingface import F32, dense_tensors
 from d2moe.convert.source import ModelSource, open_source
 from d2moe.errors import CheckpointError, ConfigError
@@ -46,13 +47,15 @@ def convert(
     dst: str | Path,
     *,
     group: int = 64,
+    balance: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
     ignore_config_keys: Collection[str] = (),
 ) -> Path:
     """Convert `src`, the folder of a Hugging Face checkpoint or a GGUF file, to the container `dst`; returns `dst`.
 
-    `group` weights along the input share a scale; `threads` None means all CPUs this process may use. `dst`.partial
+    `group` weights along the input share a scale; `balance` moves factors between weights that follow each other, which
+    changes no output and helps the lower widths (convert/balance.py); `threads` None means all CPUs this process may use. `dst`.partial
     holds an unfinished conversion; the same call resumes it. Interrupted, it raises KeyboardInterrupt with a message
     that says so. Raises ConfigError (the config, or an argument), CheckpointError (the weights or the tokenizer; then
     nothing is left behind), ContainerError (`dst` exists, or the .partial is of another conversion) and StorageError.
@@ -63,8 +66,9 @@ def convert(
         raise ConfigError(f"threads is {threads!r}, expected a whole number of at least 1")
     threads = threads or len(os.sched_getaffinity(0))
     with open_source(src, ignore_config_keys) as checkpoint:
-        writer = _writer(checkpoint, Path(dst), group, ignore_config_keys)
-        job = _Job(checkpoint, writer, group, threads, progress or _Silent())
+        quantizer = {"name": "range", "group": group, "balance": SHARE if balance else None}
+        writer = _writer(checkpoint, Path(dst), quantizer, ignore_config_keys)
+        job = _Job(Balanced(checkpoint) if balance else checkpoint, writer, group, threads, progress or _Silent())
         try:
             with writer:
                 job.run()
@@ -80,8 +84,8 @@ def convert(
             raise
 
 
-def _writer(checkpoint: ModelSource, dst: Path, group: int, ignored: Collection[str]) -> ContainerWriter:
-    shape = checkpoint.shape
+def _writer(checkpoint: ModelSource, dst: Path, quantizer: dict[str, Any], ignored: Collection[str]) -> ContainerWriter:
+    shape, group = checkpoint.shape, quantizer["group"]
     return ContainerWriter(
         dst,
         record=RecordLayout(shape.hidden, shape.expert_inner, group),
@@ -90,7 +94,7 @@ def _writer(checkpoint: ModelSource, dst: Path, group: int, ignored: Collection[
         dense=dense_tensors(checkpoint.names.dense, group),
         files=checkpoint.companions(),
         source={**checkpoint.facts(), "ignored_config_keys": sorted(set(ignored))},
-        quantizer={"name": "range", "group": group},
+        quantizer=quantizer,
     )
 
 
