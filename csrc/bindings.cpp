@@ -204,7 +204,7 @@ struct PyProgram {
                       feed_forward ? std::optional(feed_forward->weights) : std::nullopt);
   }
 
-  void start(In<int32_t> tokens, In<int32_t> position, In<int32_t> sequence, In<int32_t> tables) {
+  void start(In<int32_t> tokens, In<int32_t> position, In<int32_t> sequence, In<int32_t> tables, In<int32_t> rows) {
     const int64_t n = int64_t(tokens.size());
     expect(n > 0 && n <= program.shape().max_tokens, "a step has from 1 to max_tokens tokens");
     expect_size(position, n, "position");
@@ -218,12 +218,15 @@ struct PyProgram {
       const int32_t block = tables.data()[s * wide + last];
       expect(block >= 0 && block < kv.blocks, "a block table names a block that does not exist");
     }
+    for (size_t i = 0; i < rows.size(); ++i)
+      expect(rows.data()[i] >= 0 && rows.data()[i] < n && (!i || rows.data()[i] > rows.data()[i - 1]),
+             "rows are tokens of the step, each once and ascending");
     const int32_t* b = bits.data();
     for (int64_t i = 0; i < n * program.shape().top_k; ++i)
       expect(b[i] >= kBaseBits && b[i] <= kMaxBits, "bits are from 2 to 8");
     const TokenPlaces places{position.data(), sequence.data(), tables.data(), wide};
     nb::gil_scoped_release free;
-    program.start(tokens.data(), places, n, sequences);
+    program.start(tokens.data(), places, n, sequences, rows.data(), int64_t(rows.size()));
   }
 
   int64_t run() {
@@ -251,10 +254,10 @@ struct PyProgram {
     return out;
   }
 
-  void logits(In<int32_t> rows, Array<float> out) {
-    expect_room(out, int64_t(rows.size()) * program.shape().vocab, "out");
+  void logits(Array<float> out) {
+    expect_room(out, program.rows() * program.shape().vocab, "out");
     nb::gil_scoped_release free;
-    program.logits(rows.data(), int64_t(rows.size()), out.data());
+    program.logits(out.data());
   }
 };
 

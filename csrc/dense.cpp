@@ -148,8 +148,7 @@ void embed(Runtime& rt, const Linear& table, const int32_t* ids, int64_t tokens,
   });
 }
 
-void project(Runtime& rt, const float* norm, float eps, const Linear& head, const int32_t* rows, int64_t tokens,
-             const float* x, float* logits) {
+void project(Runtime& rt, const float* norm, float eps, const Linear& head, int64_t tokens, const float* x, float* logits) {
   ScratchScope scope(rt.scratch);
   const int64_t hidden = head.matrix.shape.cols;
   const int group = head.matrix.shape.group;
@@ -157,7 +156,7 @@ void project(Runtime& rt, const float* norm, float eps, const Linear& head, cons
   float* normed = rt.scratch.get<float>(rt.pool.size() * hidden);
   rt.pool.parallel_for(tokens, 4, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t t = begin; t < end; ++t) {
-      rms_norm(*rt.table, x + rows[t] * hidden, norm, eps, hidden, normed + thread * hidden);
+      rms_norm(*rt.table, x + t * hidden, norm, eps, hidden, normed + thread * hidden);
       quantize_row(rt, normed + thread * hidden, hidden, group, in, t);
     }
   });

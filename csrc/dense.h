@@ -85,8 +85,7 @@ void feed_forward(Runtime& rt, const FeedForwardWeights& w, int64_t tokens, floa
 // Rows of a matrix as floats [tokens, cols].
 void embed(Runtime& rt, const Linear& table, const int32_t* ids, int64_t tokens, float* x);
 
-// logits [tokens, vocab] = head * norm(x), for the given rows of x.
-void project(Runtime& rt, const float* norm, float eps, const Linear& head, const int32_t* rows, int64_t tokens,
-             const float* x, float* logits);
+// logits [tokens, vocab] = head * norm(x).
+void project(Runtime& rt, const float* norm, float eps, const Linear& head, int64_t tokens, const float* x, float* logits);
 
 } // namespace d2moe

@@ -41,7 +41,8 @@ void Program::add_layer(const AttentionShape& shape, const AttentionWeights& att
   layers_.push_back({shape, attention, router, feed_forward, router ? moe_count_++ : -1});
 }
 
-void Program::start(const int32_t* ids, const TokenPlaces& places, int64_t tokens, int64_t sequences) {
+void Program::start(const int32_t* ids, const TokenPlaces& places, int64_t tokens, int64_t sequences, const int32_t* rows,
+                    int64_t count) {
   const Stopwatch watch(busy_ns_);
   abandon();
   tokens_ = tokens;
@@ -49,6 +50,8 @@ void Program::start(const int32_t* ids, const TokenPlaces& places, int64_t token
   sequence_.assign(places.sequence, places.sequence + tokens);
   tables_.assign(places.block_tables, places.block_tables + sequences * places.table_blocks);
   table_blocks_ = places.table_blocks;
+  rows_.assign(rows, rows + count);
+  wide_.assign(bits_, bits_ + tokens * shape_.top_k);
   next_ = 0;
   noting_ = false;
   turn();
@@ -70,6 +73,18 @@ void Program::turn() {
   });
 }
 
+// The last layer gives nothing to later tokens but keys and values, so the tokens nobody asks of need no more of it.
+void Program::keep_rows() {
+  if (int64_t(rows_.size()) == tokens_) return;
+  for (size_t i = 0; i < rows_.size(); ++i) { // ascending, so nothing is overwritten that is still to be copied
+    const size_t row = size_t(rows_[i]), hidden = size_t(shape_.hidden), top_k = size_t(shape_.top_k);
+    std::copy_n(x_.data() + row * hidden, hidden, x_.data() + i * hidden);
+    std::copy_n(wide_.data() + row * top_k, top_k, wide_.data() + i * top_k);
+  }
+  tokens_ = int64_t(rows_.size());
+  noting_ = false; // a note has one number of tokens
+}
+
 int64_t Program::run() {
   const Stopwatch watch(busy_ns_);
   const TokenPlaces places{position_.data(), sequence_.data(), tables_.data(), table_blocks_};
@@ -78,14 +93,18 @@ int64_t Program::run() {
     const Layer& layer = layers_[next_];
     if (!routed_) {
       attention(rt_, layer.shape, layer.attention, kv_, int64_t(next_), places, {cosine_.data(), sine_.data()}, tokens_, x);
+      if (next_ + 1 == layers_.size()) {
+        keep_rows();
+        if (!tokens_) continue;
+      }
       if (!layer.router) {
         feed_forward(rt_, *layer.feed_forward, tokens_, h, x);
         continue;
       }
       route(rt_, *layer.router, tokens_, x, h, ids(layer.moe_index), gates_.data());
       routed_ = true;
-      wanted_bytes_ += experts_.wanted_bytes(tokens_ * shape_.top_k, ids(layer.moe_index), bits_);
-      if (!experts_.holds(layer.moe_index, tokens_ * shape_.top_k, ids(layer.moe_index), bits_)) {
+      wanted_bytes_ += experts_.wanted_bytes(tokens_ * shape_.top_k, ids(layer.moe_index), wide_.data());
+      if (!experts_.holds(layer.moe_index, tokens_ * shape_.top_k, ids(layer.moe_index), wide_.data())) {
         noting_ = false;
         return layer.moe_index;
       }
@@ -101,7 +120,7 @@ int64_t Program::run() {
 
 void Program::note(int64_t moe_index) {
   const int64_t pairs = tokens_ * shape_.top_k;
-  if (!noting_) notes_.push_back({moe_index, 0, tokens_, {}, {bits_, bits_ + pairs}});
+  if (!noting_) notes_.push_back({moe_index, 0, tokens_, {}, {wide_.begin(), wide_.begin() + pairs}});
   noting_ = true;
   Note& n = notes_.back();
   ++n.layers;
@@ -122,17 +141,15 @@ void Program::compute(const int32_t* experts, int64_t count) {
 
 void Program::open() {
   const Layer& layer = layers_[next_];
-  experts_.begin(layer.moe_index, tokens_, shape_.top_k, h_.data(), ids(layer.moe_index), bits_);
+  experts_.begin(layer.moe_index, tokens_, shape_.top_k, h_.data(), ids(layer.moe_index), wide_.data());
   // The shared expert is computed while the first planes are on their way.
   if (layer.feed_forward) feed_forward(rt_, *layer.feed_forward, tokens_, h_.data(), x_.data());
 }
 
-void Program::logits(const int32_t* rows, int64_t count, float* out) {
+void Program::logits(float* out) {
   const Stopwatch watch(busy_ns_);
   if (next_ < layers_.size()) throw std::logic_error("logits: the step has not come to its end");
-  for (int64_t i = 0; i < count; ++i)
-    if (rows[i] < 0 || rows[i] >= tokens_) throw std::invalid_argument("logits: row " + std::to_string(rows[i]) + " is not in the step");
-  project(rt_, final_norm_, eps_, head_, rows, count, x_.data(), out);
+  project(rt_, final_norm_, eps_, head_, tokens_, x_.data(), out);
 }
 
 void Program::abandon() {

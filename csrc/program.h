@@ -27,14 +27,15 @@ public:
   void add_layer(const AttentionShape& shape, const AttentionWeights& attention, const std::optional<RouterWeights>& router,
                  const std::optional<FeedForwardWeights>& feed_forward);
 
-  void start(const int32_t* ids, const TokenPlaces& places, int64_t tokens, int64_t sequences);
+  // rows [count], ascending: the tokens whose logits are wanted. The others end with their keys and values of the last layer.
+  void start(const int32_t* ids, const TokenPlaces& places, int64_t tokens, int64_t sequences, const int32_t* rows, int64_t count);
   // Goes on as far as it can: -1 at the end of the last layer; else the MoE layer (counted among those) whose experts are
   // not all there. Its reads are to be started then, and run called again: it computes what arrives.
   int64_t run();
   // For a layer that does not fit at once: computes these experts of it; run computes the rest.
   void compute(const int32_t* experts, int64_t count);
-  // logits [count, vocab] of rows of the finished step.
-  void logits(const int32_t* rows, int64_t count, float* out);
+  // logits [count, vocab] of the rows of the finished step.
+  void logits(float* out);
   void abandon(); // forgets the step in progress
 
   // Layers in a row of one step that found all their experts in memory, so that nobody was asked about them.
@@ -46,7 +47,7 @@ public:
   int64_t busy_ns() const { return busy_ns_; } // time spent in the calls above
   // Bytes of planes that all layers wanted so far: of each expert of a layer up to the widest that any token asked for.
   int64_t wanted_bytes() const { return wanted_bytes_; }
-  int64_t tokens() const { return tokens_; }
+  int64_t rows() const { return int64_t(rows_.size()); }
   const ProgramShape& shape() const { return shape_; }
 
 private:
@@ -61,6 +62,7 @@ private:
   void open(); // begins the waiting layer's experts and computes its shared one
   void note(int64_t moe_index);
   void turn(); // cosine and sine of the step's positions
+  void keep_rows();
 
   Runtime& rt_;
   const ProgramShape shape_;
@@ -79,7 +81,8 @@ private:
   int64_t moe_count_ = 0;
 
   std::vector<float> x_, h_, gates_, cosine_, sine_;
-  std::vector<int32_t> position_, sequence_, tables_;
+  std::vector<int32_t> position_, sequence_, tables_, rows_;
+  std::vector<int32_t> wide_; // bits of the tokens that are left, [tokens, top_k]
   int64_t tokens_ = 0, table_blocks_ = 0;
   size_t next_ = 0;     // the layer that comes next
   bool routed_ = false; // its attention and router have run, its experts have not

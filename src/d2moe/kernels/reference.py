@@ -174,18 +174,24 @@ class Program:
         moe_index = sum(known is not None for _, known, _, _ in self.layers)
         self.layers.append((attention, router, feed_forward, moe_index))
 
-    def start(self, tokens: I32, position: I32, sequence: I32, tables: I32) -> None:
-        self.position, self.sequence, self.tables = position, sequence, tables
+    def start(self, tokens: I32, position: I32, sequence: I32, tables: I32, rows: I32) -> None:
+        self.position, self.sequence, self.tables, self.rows = position, sequence, tables, rows
+        self.wide = self.bits[: len(tokens)]
         e = self.embedding
         self.x = planes.dequantize(e.codes[tokens], e.affine[tokens], e.row_scale[tokens], e.bits, len(tokens), e.cols)
         self.next, self.routed = 0, False
 
     def run(self) -> int:
-        n = len(self.position)
         while self.next < len(self.layers):
             attention, router, feed_forward, moe = self.layers[self.next]
             if not self.routed:
                 attention.forward(self, self.next)
+                if self.next + 1 == len(self.layers):  # nothing but keys and values is needed of the others
+                    self.x, self.wide = self.x[self.rows], self.wide[self.rows]
+                n = len(self.x)
+                if not n:
+                    self.next += 1
+                    continue
                 if router is None:
                     assert feed_forward is not None, "a layer without a router has a dense block"
                     feed_forward.forward(self.runtime, self.x, self.x)
@@ -194,11 +200,11 @@ class Program:
                 self.h, self.ids[moe, :n], self.gates = router.forward(self.x)
                 self.routed, self.begun = True, False
                 widest = np.zeros(self.experts.f["experts"], np.int32)
-                np.maximum.at(widest, self.ids[moe, :n].reshape(-1), self.bits[:n].reshape(-1))
+                np.maximum.at(widest, self.ids[moe, :n].reshape(-1), self.wide.reshape(-1))
                 self.wanted_bytes += sum(self.experts.prefix_bytes(int(bits)) for bits in widest)
                 if any(self.experts.width(moe, int(expert)) < widest[expert] for expert in np.flatnonzero(widest)):
                     return moe
-                self.notes.append((moe, self.ids[moe : moe + 1, :n].copy(), self.bits[:n].copy()))
+                self.notes.append((moe, self.ids[moe : moe + 1, :n].copy(), self.wide.copy()))
             self.compute(None)
             self.experts.finish(self.gates, self.x)
             self.next, self.routed = self.next + 1, False
@@ -207,8 +213,7 @@ class Program:
     def compute(self, experts: I32 | None) -> None:
         _, _, feed_forward, moe = self.layers[self.next]
         if not self.begun:
-            n = len(self.position)
-            self.experts.begin(moe, self.h, self.ids[moe, :n], self.bits[:n])
+            self.experts.begin(moe, self.h, self.ids[moe, : len(self.x)], self.wide)
             if feed_forward is not None:
                 feed_forward.forward(self.runtime, self.h, self.x)
             self.begun = True
@@ -218,8 +223,8 @@ class Program:
         notes, self.notes = self.notes, []
         return notes
 
-    def logits(self, rows: I32, out: F32) -> None:
-        out[:] = self.head.multiply(self.runtime, rms_norm(self.x[rows], self.norm, self.eps))
+    def logits(self, out: F32) -> None:
+        out[:] = self.head.multiply(self.runtime, rms_norm(self.x, self.norm, self.eps))
 
     def abandon(self) -> None:
         self.next, self.routed = len(self.layers), False

@@ -144,21 +144,34 @@ class Decoder:
             k_norm=w.read_dense(f"{name}.attn.k_norm") if normed else None,
         )
 
-    def start(self, tokens: I32, places: Places) -> None:
-        """Begin a step with `tokens` int32 [n]; their keys and values will be appended to the cache."""
-        self.program.start(tokens, places.position, places.sequence, places.tables)
+    def start(self, tokens: I32, places: Places, rows: I32) -> None:
+        """Begin a step with `tokens` int32 [n]; their keys and values will be appended to the cache.
+
+        `rows` int32, ascending: the tokens whose logits are wanted; the last layer's experts see no others.
+        """
+        self._tokens, self._rows = len(tokens), rows
+        self.program.start(tokens, places.position, places.sequence, places.tables, rows)
 
     def run(self) -> int:
         """Go on; -1 at the end, else the MoE layer (counted among those) that waits for reads of its experts."""
         return int(self.program.run())
 
+    def choices(self, layer: int) -> tuple[I32, I32]:
+        """Experts and widths int32 [tokens that the layer's experts see, top_k], of a MoE layer that has been routed."""
+        bits = self.bits[self._rows] if self.ends_with(layer) else self.bits[: self._tokens]
+        return self.ids[layer, : len(bits)], bits
+
+    def ends_with(self, layer: int) -> bool:
+        """Whether this MoE layer is the model's last layer, whose experts see only the tokens that are asked of."""
+        return self.shape.moe_layers[layer] == self.shape.layers - 1
+
     def compute(self, experts: I32) -> None:
         """Compute some experts of the layer that waits, as they arrive; `run` computes the rest."""
         self.program.compute(experts)
 
-    def logits(self, rows: I32) -> F32:
-        """Logits float32 [len(rows), vocab] of the given rows of the finished step."""
-        out = np.empty((len(rows), self.shape.vocab), np.float32)
-        if len(rows):
-            self.program.logits(rows, out)
+    def logits(self) -> F32:
+        """Logits float32 [len(rows), vocab] of the finished step."""
+        out = np.empty((len(self._rows), self.shape.vocab), np.float32)
+        if len(out):
+            self.program.logits(out)
         return out

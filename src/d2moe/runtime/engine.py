@@ -158,23 +158,26 @@ class Engine:
         n = sum(lengths)
         position, sequence, at = np.empty(n, np.int32), np.empty(n, np.int32), 0
         rows: list[int] = []
-        pairs = self.shape.top_k * len(self.shape.moe_layers)
+        moe_layers = len(self.shape.moe_layers)
+        last = int(self.decoder.ends_with(moe_layers - 1))
         for index, (chunk, _, wanted) in enumerate(items):
             end = at + lengths[index]
             position[at:end] = np.arange(chunk.sequence.length, chunk.sequence.length + end - at)
             sequence[at:end] = index
             self.decoder.bits[at:end] = chunk.bits
-            self.counters.uses += (end - at) * pairs
-            self.counters.use_bits += (end - at) * pairs * chunk.bits
+            before = len(rows)
             rows += range(at, end) if wanted == "all" else (end - 1,) if wanted == "last" else ()
+            uses = ((end - at) * (moe_layers - last) + (len(rows) - before) * last) * self.shape.top_k
+            self.counters.uses += uses
+            self.counters.use_bits += uses * chunk.bits
             at = end
         alone = len(items) == 1
         tables = items[0][0].sequence.table[None] if alone else np.stack([c.sequence.table for c, _, _ in items])
         tokens = items[0][1] if alone else np.concatenate([t for _, t, _ in items])
         places = Places(position, sequence, tables)
-        self.decoder.start(tokens, places)
-        self._streamer.run(self.decoder, at)
-        out = self.decoder.logits(np.array(rows, np.int32))
+        self.decoder.start(tokens, places, np.array(rows, np.int32))
+        self._streamer.run(self.decoder)
+        out = self.decoder.logits()
         for chunk, part, _ in items:
             chunk.sequence.length += len(part)
         self.counters.tokens += at

@@ -69,12 +69,12 @@ class Streamer:
         self._plan = Plan()
         self._silent_steps = 0
 
-    def run(self, decoder: Decoder, tokens: int) -> None:
-        """Bring the step of `tokens` tokens that was started to its end."""
+    def run(self, decoder: Decoder) -> None:
+        """Bring the step that was started to its end."""
         try:
             while (layer := decoder.run()) >= 0:
                 self._hear(decoder)
-                self._bring(decoder, layer, decoder.ids[layer, :tokens], decoder.bits[:tokens])
+                self._bring(decoder, layer, *decoder.choices(layer))
         except self._failure as error:
             raise StorageError(f'{error}; run "d2moe verify" on the model, and check the disk') from None
         self._silent_steps += 1
