@@ -260,7 +260,7 @@ class Counting:
 
     def advance(self, weights: int, text: str) -> None:
         self.done += weights
-        self.texts.append(text)
+        self.texts += [text] if weights else []
         if len(self.texts) == self.stop:
             raise KeyboardInterrupt
 
@@ -315,8 +315,9 @@ class Slow:
     def start(self, total, done):
         print("start", done, flush=True)
     def advance(self, weights, text):
-        print(text, flush=True)
-        time.sleep(0.02)
+        if weights:
+            print(text, flush=True)
+            time.sleep(0.02)
 
 convert(sys.argv[1], sys.argv[2], progress=Slow())
 """

@@ -53,7 +53,7 @@ def convert(
     SRC is the folder of a Hugging Face checkpoint (safetensors, sharded or not) or a GGUF file of llama.cpp, DST the
     model to make. It is read tensor by tensor. Interrupted, it leaves DST.partial, and the same command goes on there.
 
-    A GGUF file needs pip install 'd2moe[gguf]'. A tokenizer.json beside it is preferred to the one made of it.
+    A GGUF file needs pip install gguf. A tokenizer.json beside it is preferred to the one made of it.
 
     \b
     Examples:

@@ -10,7 +10,7 @@ The idea is that of SmoothQuant (arXiv 2211.10438) and AWQ (2306.00978), without
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -81,7 +81,8 @@ class Balanced:
     gate of all its experts, and q, k, v, o. Tied embeddings are used twice and are not scaled, nor are v and o of a
     model that clips v."""
 
-    def __init__(self, source: ModelSource):
+    def __init__(self, source: ModelSource, tell: Callable[[str], None] = lambda text: None):
+        self._tell = tell  # hears "layer 3 gates, for balance" before a layer's gates are read
         self._source, self.shape, self.names = source, source.shape, source.names
         self._known = _Known()
         self.weights, self.target_shape, self.companions = source.weights, source.target_shape, source.companions
@@ -165,6 +166,7 @@ class Balanced:
                 yield from self._source.linear_pieces(f"{layer}.attn.{part}", 1)
         else:
             number = int(layer.rpartition(".")[2])
+            self._tell(f"layer {number} gates, for balance")
             for index in range(self.shape.experts if number in self.shape.moe_layers else 0):
                 yield next(self._source.read_expert(number, index))[1]
             for block in ("shared", "mlp"):

@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +32,7 @@ class Progress(Protocol):
         """Called once, before the first weight is read."""
 
     def advance(self, weights: int, text: str) -> None:
-        """So many weights more are written; `text` says what they were, "layer 3 expert 17"."""
+        """So many weights more are written; `text` says what they were, "layer 3 expert 17". None: what is read now."""
 
 
 class _Silent:
@@ -55,8 +56,8 @@ def convert(
     """Convert `src`, the folder of a Hugging Face checkpoint or a GGUF file, to the container `dst`; returns `dst`.
 
     `group` weights along the input share a scale; `balance` moves factors between weights that follow each other, which
-    changes no output and helps the lower widths (convert/balance.py); `threads` None means all CPUs this process may use. `dst`.partial
-    holds an unfinished conversion; the same call resumes it. Interrupted, it raises KeyboardInterrupt with a message
+    changes no output and helps the lower widths (convert/balance.py); `threads` None means all CPUs this process may use.
+    `dst`.partial holds an unfinished conversion; the same call resumes it. Interrupted, it raises KeyboardInterrupt with a message
     that says so. Raises ConfigError (the config, or an argument), CheckpointError (the weights or the tokenizer; then
     nothing is left behind), ContainerError (`dst` exists, or the .partial is of another conversion) and StorageError.
     """
@@ -68,7 +69,9 @@ def convert(
     with open_source(src, ignore_config_keys) as checkpoint:
         quantizer = {"name": "range", "group": group, "balance": SHARE if balance else None}
         writer = _writer(checkpoint, Path(dst), quantizer, ignore_config_keys)
-        job = _Job(Balanced(checkpoint) if balance else checkpoint, writer, group, threads, progress or _Silent())
+        progress = progress or _Silent()
+        source = Balanced(checkpoint, partial(progress.advance, 0)) if balance else checkpoint
+        job = _Job(source, writer, group, threads, progress)
         try:
             with writer:
                 job.run()

@@ -50,7 +50,7 @@ def open_source(path: str | Path, ignore_config_keys: Collection[str] = ()) -> M
             if (error.name or "").partition(".")[0] != "gguf":
                 raise
             raise CheckpointError(
-                f"{path}: reading a GGUF file needs the gguf package; pip install 'd2moe[gguf]'"
+                f"{path}: reading a GGUF file needs the gguf package; pip install gguf"
             ) from None
         return GgufModel.open(path, ignore_config_keys)
     if path.is_dir() and not (path / "config.json").exists() and (files := sorted(path.glob("*.gguf"))):
