@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
+from gguf_blocks import random_blocks
 
 HIDDEN, INNER, SHARED, DENSE, LAYERS, HEADS, KV_HEADS, HEAD_DIM, EXPERTS, TOP_K, VOCAB = (
     256,
@@ -28,20 +29,6 @@ KINDS = (
     Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_NL, Kind.IQ4_XS, Kind.IQ2_XXS,
 )  # fmt: skip
 ALPHABET = [chr(c) for c in range(0x21, 0x21 + VOCAB - 3)]
-
-
-def random_blocks(rng: np.random.Generator, kind: Kind, *shape: int) -> np.ndarray[Any, Any]:
-    """Random bytes of a type, uint8 [..., bytes of a row], whose weights are finite and not huge."""
-    per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    n_blocks = int(np.prod(shape)) // per_block
-    raw = rng.integers(0, 256, (n_blocks, block_bytes), dtype=np.uint8)
-    while True:
-        with np.errstate(all="ignore"):
-            values = gguf.quants.dequantize(raw, kind).reshape(n_blocks, -1)
-            bad = np.flatnonzero(~(np.abs(values) < 1e6).all(axis=1))
-        if not len(bad):
-            return raw.reshape(*shape[:-1], shape[-1] // per_block * block_bytes)
-        raw[bad] = rng.integers(0, 256, (len(bad), block_bytes), dtype=np.uint8)
 
 
 def tensor_shapes(arch: str) -> dict[str, tuple[int, ...]]:

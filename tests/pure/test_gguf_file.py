@@ -10,7 +10,8 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from gguf_models import KINDS, random_blocks, write
+from gguf_blocks import random_blocks
+from gguf_models import KINDS, write
 
 from d2moe.convert.gguf_file import GgufFile
 from d2moe.convert.gguf_source import GgufModel

@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
+from gguf_blocks import random_blocks
 from safetensors.torch import load_file, save_file
 
 ARCHITECTURES = {
@@ -34,20 +35,6 @@ def permute(w: Array, heads: int) -> Array:
 
 def unpermute(w: Array, heads: int) -> Array:
     return w.reshape(heads, len(w) // heads // 2, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
-
-
-def random_blocks(rng: np.random.Generator, kind: Kind, shape: tuple[int, ...]) -> Array:
-    """Random bytes of a type, uint8 [..., bytes of a row], with weights of an ordinary size."""
-    per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    n_blocks = int(np.prod(shape)) // per_block
-    raw = rng.integers(0, 256, (n_blocks, block_bytes), dtype=np.uint8)
-    while True:
-        with np.errstate(all="ignore"):
-            values = gguf.quants.dequantize(raw, kind).reshape(n_blocks, -1)
-            bad = np.flatnonzero(~(np.abs(values) < 100).all(axis=1))
-        if not len(bad):
-            return raw.reshape(*shape[:-1], shape[-1] // per_block * block_bytes)
-        raw[bad] = rng.integers(0, 256, (len(bad), block_bytes), dtype=np.uint8)
 
 
 def stacked(tensors: dict[str, Array]) -> dict[str, Array]:
@@ -94,7 +81,7 @@ def write_gguf(
             ordered = np.ascontiguousarray(permute(values, heads[role]) if role else values)
             writer.add_tensor(target, gguf.quants.quantize(ordered, kind), raw_dtype=kind)
         else:
-            raw = random_blocks(rng, kind, values.shape)
+            raw = random_blocks(rng, kind, *values.shape)
             writer.add_tensor(target, raw, raw_dtype=kind)
             decoded = gguf.quants.dequantize(raw, kind).reshape(values.shape)
             drawn[name] = unpermute(decoded, heads[role]) if role else decoded

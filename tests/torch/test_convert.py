@@ -23,6 +23,7 @@ from checkpoints import (
     tiny_checkpoint,
     write_tokenizer,
 )
+from peak import MEASURE
 from safetensors.torch import load_file
 
 from d2moe import planes
@@ -350,20 +351,6 @@ def test_killed_runs_resume_to_the_same_bytes(tmp_path: Path) -> None:
 
 
 # --- memory ---
-
-MEASURE = """
-import sys
-from d2moe.convert.pipeline import convert
-
-def peak_mb():
-    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) / 1024
-
-convert(sys.argv[1], sys.argv[2])
-before = peak_mb()
-convert(sys.argv[3], sys.argv[4])
-print(before, peak_mb())
-"""
-
 
 def write_large(path: Path, hidden: int, inner: int, experts: int, vocab: int, layout: str) -> float:
     """One layer of Mixtral in bf16 with random weights, written without holding it; returns its MB."""

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from checkpoints import FAMILIES, tiny_checkpoint, write_tokenizer
 from gguf import GGMLQuantizationType as Kind
-from gguf_files import ARCHITECTURES, random_blocks, write_gguf
+from gguf_blocks import random_blocks
+from gguf_files import ARCHITECTURES, write_gguf
+from peak import MEASURE
 
 from d2moe.container import Container
 from d2moe.convert.pipeline import convert
@@ -111,20 +113,6 @@ def test_quantised_weights_are_those_gguf_decodes(kind: Kind, tmp_path: Path) ->
 
 # --- memory ---
 
-MEASURE = """
-import sys
-from d2moe.convert.pipeline import convert
-
-def peak_mb():
-    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) / 1024
-
-convert(sys.argv[1], sys.argv[2])
-before = peak_mb()
-convert(sys.argv[3], sys.argv[4])
-print(before, peak_mb())
-"""
-
-
 def write_large(path: Path, hidden: int, inner: int, experts: int, vocab: int) -> float:
     """One layer of Mixtral in Q8_0 with random weights; returns its MB."""
     path.parent.mkdir()
@@ -144,7 +132,7 @@ def write_large(path: Path, hidden: int, inner: int, experts: int, vocab: int) -
     shapes |= {f"blk.0.ffn_{part}_exps": (experts, inner, hidden) for part in ("gate", "up")}
     shapes["blk.0.ffn_down_exps"] = (experts, hidden, inner)
     for name, shape in shapes.items():
-        row = random_blocks(RNG, Kind.Q8_0, (64, shape[-1]))
+        row = random_blocks(RNG, Kind.Q8_0, 64, shape[-1])
         n_rows = int(np.prod(shape[:-1]))
         writer.add_tensor(
             f"{name}.weight", np.resize(row, (n_rows, row.shape[1])).reshape(*shape[:-1], -1), raw_dtype=Kind.Q8_0

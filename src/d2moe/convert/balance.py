@@ -11,7 +11,6 @@ The idea is that of SmoothQuant (arXiv 2211.10438) and AWQ (2306.00978), without
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -46,34 +45,9 @@ def factors(producer: F64, consumer: F64) -> F32:
     return out
 
 
-@dataclass
-class _Sums:
-    """Sums of squares of the columns of several matrices."""
-
-    squares: F64 | float = 0.0
-    rows: int = 0
-
-    def add(self, w: F32) -> None:
-        # In float64: the square of a float32 can overflow or vanish.
-        self.squares = self.squares + np.einsum("ij,ij->j", w, w, dtype=np.float64)
-        self.rows += len(w)
-
-    @property
-    def norms(self) -> F64:
-        return np.sqrt(np.asarray(self.squares) / self.rows)
-
-
 def row_norms(w: F32) -> F64:
     norms: F64 = np.sqrt(np.einsum("ij,ij->i", w, w, dtype=np.float64))
     return norms
-
-
-@dataclass
-class _Known:
-    """Factors found so far, by the canonical name of what they belong to."""
-
-    norms: dict[str, F32] = field(default_factory=dict)  # of a norm's consumers
-    inner: dict[str, F32] = field(default_factory=dict)  # of a block's down or an attention's o
 
 
 class Balanced:
@@ -84,7 +58,7 @@ class Balanced:
     def __init__(self, source: ModelSource, tell: Callable[[str], None] = lambda text: None):
         self._tell = tell  # hears "layer 3 gates, for balance" before a layer's gates are read
         self._source, self.shape, self.names = source, source.shape, source.names
-        self._known = _Known()
+        self._found: dict[str, F32] = {}  # factors by the name of the norm, block or attention they belong to
         self.weights, self.target_shape, self.companions = source.weights, source.target_shape, source.companions
 
     def facts(self) -> dict[str, Any]:
@@ -149,12 +123,12 @@ class Balanced:
 
     def _norm(self, name: str) -> F32:
         """Factors [hidden] of the columns that meet the norm `name`."""
-        if name not in self._known.norms:
+        if name not in self._found:
             weights = np.abs(self._source.read_dense(name).astype(np.float64))
             tied = name == "final_norm" and self.shape.tied_embeddings
             columns = np.zeros(len(weights)) if tied else _columns(self._consumers(name))
-            self._known.norms[name] = factors(weights, columns)
-        return self._known.norms[name]
+            self._found[name] = factors(weights, columns)
+        return self._found[name]
 
     def _consumers(self, norm: str) -> Iterator[F32]:
         """The matrices that stand for all that meet a norm: those whose rows have no free factor of their own."""
@@ -175,24 +149,24 @@ class Balanced:
 
     def _block(self, stem: str) -> F32:
         """Factors [inner] of the columns of a dense block's down."""
-        if stem not in self._known.inner:
+        if stem not in self._found:
             norm = self._norm(f"{stem.rpartition('.')[0]}.mlp_norm")
             up = [row_norms(piece * norm) for piece in self._source.linear_pieces(f"{stem}.up", 1)]
             down = _columns(self._source.linear_pieces(f"{stem}.down", 1))
-            self._known.inner[stem] = factors(np.concatenate(up), down)
-        return self._known.inner[stem]
+            self._found[stem] = factors(np.concatenate(up), down)
+        return self._found[stem]
 
     def _v(self, stem: str) -> F32:
         """Factors [kv_heads * head_dim] of the columns of o, that of a key-value head for all the heads that share it."""
         s = self.shape
-        if stem not in self._known.inner:
+        if stem not in self._found:
             if s.clip_qkv is not None:
                 return np.ones(s.kv_heads * s.head_dim, np.float32)
             norm = self._norm(f"{stem.rpartition('.')[0]}.attn_norm")
             v = np.concatenate([row_norms(piece * norm) for piece in self._source.linear_pieces(f"{stem}.v", 1)])
             o = _columns(self._source.linear_pieces(f"{stem}.o", 1)).reshape(s.kv_heads, -1, s.head_dim)
-            self._known.inner[stem] = factors(v, np.sqrt((o**2).mean(axis=1)).reshape(-1))
-        return self._known.inner[stem]
+            self._found[stem] = factors(v, np.sqrt((o**2).mean(axis=1)).reshape(-1))
+        return self._found[stem]
 
     def _heads(self, factors: F32) -> F32:
         """Factors of all heads from those of the key-value heads."""
@@ -212,7 +186,10 @@ class Balanced:
 
 def _columns(matrices: Iterator[F32] | list[F32]) -> F64:
     """Root mean squares of the columns over all rows, float64 [cols]."""
-    sums = _Sums()
+    squares, rows = np.zeros(1), 0
     for w in matrices:
-        sums.add(w)
-    return sums.norms
+        # In float64: the square of a float32 can overflow or vanish.
+        squares = squares + np.einsum("ij,ij->j", w, w, dtype=np.float64)
+        rows += len(w)
+    norms: F64 = np.sqrt(squares / rows)
+    return norms
