@@ -2,22 +2,10 @@
 // 2 rows x 8 columns of codes by 8 columns x 2 tokens. Compiled for such CPUs, called only on them.
 #include "kernels_neon.h"
 
-#include <arm_neon.h>
-#include <utility>
-
 namespace d2moe {
 namespace {
 
 constexpr int kPairs = kTileRows / 2; // pairs of rows
-
-template <int N> struct Index { static constexpr int value = N; };
-template <class F, int... I> inline __attribute__((always_inline)) void each(F&& f, std::integer_sequence<int, I...>) {
-  (f(Index<I>{}), ...);
-}
-// Loops whose index is a constant; GCC keeps arrays in registers only where no loop is left.
-template <int N, class F> inline __attribute__((always_inline)) void unrolled(F&& f) {
-  each(f, std::make_integer_sequence<int, N>{});
-}
 
 // 16 columns of two tokens as two 8 x 2 matrices.
 inline __attribute__((always_inline)) void load_pair(const int8_t* a, const int8_t* b, int8x16_t (&q)[2]) {
