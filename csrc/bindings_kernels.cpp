@@ -139,28 +139,23 @@ auto pack(In<uint8_t> tiles) {
 
 // t is changed in place.
 auto feedback(nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu> t, In<float> u, In<float> step, In<float> zero,
-              const std::vector<int>& bits, const std::vector<float>& weights, const std::vector<int>& values, int threads) {
+              const std::vector<int>& bits, const std::vector<float>& weights, int threads) {
   expect_threads(threads);
   const size_t count = t.shape(0), cols = t.shape(1), rows = t.shape(2);
   expect(count == bits.size() && count == weights.size() && count > 0 && count <= kMaxTargets,
          "t, bits and weights are of " + std::to_string(count) + ", " + std::to_string(bits.size()) + " and " +
              std::to_string(weights.size()) + " targets, expected as many of each, 1 to 7");
   expect(cols > 0 && rows % kTileRows == 0, "t has shape " + text(shape_of(t)) + ", expected [targets, cols, rows], rows a multiple of 16");
-  expect(values.size() == kMaxBits, "values has " + std::to_string(values.size()) + " entries, expected 8");
   expect_shape(u, {cols, cols}, "u");
   expect_shape(step, {cols, rows}, "step");
   expect_shape(zero, {cols, rows}, "zero");
-  Targets targets{int(count), {}, {}, {}};
+  Targets targets{int(count), {}, {}};
   for (size_t k = 0; k < count; ++k) {
     expect(bits[k] >= (k ? bits[k - 1] + 1 : kBaseBits) && bits[k] <= kMaxBits, "bits are not ascending from 2 to 8");
     targets.bits[k] = bits[k];
     targets.weight[k] = weights[k];
   }
   expect(bits.back() == kMaxBits, "the last of bits is " + std::to_string(bits.back()) + ", expected 8");
-  for (size_t i = 0; i < kMaxBits; ++i) {
-    expect(values[i] > 0 && values[i] < 256, "values has " + std::to_string(values[i]) + ", expected 1 to 255");
-    targets.value[i] = uint8_t(values[i]);
-  }
   auto codes = fresh<uint8_t>({cols, rows});
   float* in = t.data();
   uint8_t* out = codes.data();
@@ -370,7 +365,7 @@ void bind_kernels(nb::module_& m) {
   m.def("tables", &tables, "Names of the kernel tables that this build has and this CPU can run.");
   m.def("encode", &encode, "w"_a, "group"_a, "threads"_a = 1,
         "Codes uint8 [tiles, groups, group/4, 64], affine uint8 [tiles, groups, 2, 16] and row scale float32 [tiles, 16] of w float32 [rows, cols].");
-  m.def("feedback", &feedback, "t"_a.noconvert(), "u"_a, "step"_a, "zero"_a, "bits"_a, "weights"_a, "bit_weights"_a, "threads"_a = 1,
+  m.def("feedback", &feedback, "t"_a.noconvert(), "u"_a, "step"_a, "zero"_a, "bits"_a, "weights"_a, "threads"_a = 1,
         "Codes of some columns, and in place of t their errors; see d2moe.convert.feedback.");
   m.def("pack", &pack, "tiles"_a, "Base plane and the six one-bit planes of register-ordered codes.");
   m.def("quantize_activations", &quantize_activations, "table"_a, "x"_a, "group"_a,

@@ -10,25 +10,21 @@ namespace {
 
 constexpr int kHalfBits = 4, kHalves = 1 << kHalfBits; // a code is chosen in two halves of four bits
 
-// For each target the value of each half code, the middle of what is left included where the half is the last that counts.
-struct Values {
+// For each target the value of each half code; the middle of the cell is in the half with the last bit that counts.
+struct Halves {
   float high[kMaxTargets][kHalves], low[kMaxTargets][kHalves];
   float least[kMaxTargets], most[kMaxTargets]; // of low: what the second half can still reach
   int first_low = 0;                           // targets from here on are wider than half a code
 
-  explicit Values(const Targets& t) {
+  explicit Halves(const Targets& t) {
     for (int k = 0; k < t.count; ++k) {
-      if (t.bits[k] <= kHalfBits) first_low = k + 1;
-      float rest = 0.5f;
-      for (int bit = t.bits[k]; bit < kMaxBits; ++bit) rest += 0.5f * float(t.value[bit]);
+      const bool wide = t.bits[k] > kHalfBits;
+      const int kept = 0xFF00 >> t.bits[k];
+      const float middle = 0.5f * float(1 << (kMaxBits - t.bits[k]));
+      if (!wide) first_low = k + 1;
       for (int n = 0; n < kHalves; ++n) {
-        high[k][n] = t.bits[k] <= kHalfBits ? rest : 0.0f;
-        low[k][n] = t.bits[k] <= kHalfBits ? 0.0f : rest;
-        for (int bit = 0; bit < kHalfBits; ++bit) {
-          if (!(n >> (kHalfBits - 1 - bit) & 1)) continue;
-          if (bit < t.bits[k]) high[k][n] += float(t.value[bit]);
-          if (bit + kHalfBits < t.bits[k]) low[k][n] += float(t.value[bit + kHalfBits]);
-        }
+        high[k][n] = float(n << kHalfBits & kept & 0xF0) + (wide ? 0.0f : middle);
+        low[k][n] = wide ? float(n & kept) + middle : 0.0f;
       }
       least[k] = low[k][0];
       most[k] = low[k][kHalves - 1];
@@ -51,7 +47,7 @@ struct Tile {
     }
   }
 
-  void choose(const Targets& t, const Values& v) {
+  void choose(const Targets& t, const Halves& v) {
     float c[kTileRows];
     const auto reset = [&] {
       for (int r = 0; r < kTileRows; ++r) cost[r] = __builtin_inff(), code[r] = 0;
@@ -96,7 +92,7 @@ struct Tile {
 
 void feedback_rows(const Targets& targets, float* t, const float* u, const float* step, const float* zero, int64_t cols,
                    int64_t rows, int64_t row0, int64_t row1, uint8_t* codes) {
-  const Values values(targets);
+  const Halves halves(targets);
   // The tile's own copy: columns of t lie a power of two apart and would fall into the same few cache sets.
   std::vector<float> own(size_t(targets.count * cols * kTileRows));
   const auto column = [&](int k, int64_t j) { return own.data() + (k * cols + j) * kTileRows; };
@@ -113,7 +109,7 @@ void feedback_rows(const Targets& targets, float* t, const float* u, const float
           tile.wanted[k][r] = w[r] * inverse + z[r];
         }
       }
-      tile.choose(targets, values);
+      tile.choose(targets, halves);
       for (int r = 0; r < kTileRows; ++r) codes[j * rows + row + r] = s[r] > 0.0f ? uint8_t(tile.code[r]) : uint8_t(0);
       const float diagonal = 1.0f / u[j * cols + j];
       for (int k = 0; k < targets.count; ++k) {

@@ -12,7 +12,6 @@ struct Targets {
   int count;
   int bits[kMaxTargets];
   float weight[kMaxTargets];
-  uint8_t value[kMaxBits]; // what each bit of a code is worth, the most significant first
 };
 
 // Rows [row0, row1), whole tiles, of `cols` columns. t f32 [targets, cols, rows]: the weights each width still has to make up

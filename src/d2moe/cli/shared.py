@@ -27,7 +27,7 @@ ENGINE_OPTIONS = [
     click.option(
         "--dense-bits",
         type=click.IntRange(BASE_BITS, MAX_BITS),
-        help="Width of all other weights, which stay in memory [default: --bits + 1, from 4 to 8].",
+        help="Width of all other weights, which stay in memory [default: --bits + 2, from 5 to 8].",
     ),
     click.option(
         "--kv",

@@ -1,13 +1,8 @@
-"""Calibration text as windows of tokens, and conversion layer by layer with what the model makes of them.
-
-One layer's weights are in memory, and the residual stream of all windows. After each layer the stream is kept beside the
-unfinished container, so that a run that was killed goes on with the layer it was in.
-"""
+"""Calibration text as windows of tokens, and the residual stream that a model makes of them, kept between runs."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from d2moe.convert.activations import Activations, Routed
+from d2moe.convert.activations import Activations
 from d2moe.convert.source import ModelSource
 from d2moe.errors import ConfigError
 
@@ -63,7 +58,10 @@ def facts(windows: I32) -> dict[str, Any]:
 
 
 class Stream:
-    """The activations of a conversion, kept in `folder` after each layer."""
+    """The activations of a conversion, kept in `folder` after each layer: a run that was killed goes on with the layer it was in.
+
+    `layer` is the one to go on with.
+    """
 
     def __init__(self, source: ModelSource, windows: I32, folder: Path):
         self._folder = folder
@@ -94,5 +92,3 @@ class Stream:
         """Remove what was kept; the container is complete."""
         self._drop()
 
-
-__all__ = ["Activations", "Calibration", "Routed", "Stream", "facts"]

@@ -1,11 +1,11 @@
-"""Rounding with error feedback, for all widths of one nested code at once.
+"""Rounding with error feedback, for all widths of the nested code at once.
 
 Columns are rounded one after the other, and the error of each is made up for by those that are still to come, as far as
 the inputs are correlated: GPTQ (arXiv 2210.17323), with the columns of the largest inputs first. Our deviation: several
 widths count. Each of them (`Target`) has weights and an error of its own, and of all 256 codes that one is taken whose
-squared errors, each in cells of its width and times the target's share, are least together. With bits worth 128 64 … 1 the
-first bits follow from all eight and there is nothing to choose; with BIT_WEIGHTS, each worth a little more than half of the
-one before, several codes have nearly one value at 8 bits and differ at 2, 3 and 4. What it brings is in docs/log.md.
+squared errors, each in cells of its width and times the target's share, are least together. Where 8 bits count as much as 2
+the first bits follow from all eight and there is nothing to choose; where they count little the code need not be the
+nearest at 8 bits, whose errors are small anyway, and the low widths can choose. What it brings is in docs/log.md.
 """
 
 from __future__ import annotations
@@ -19,16 +19,12 @@ import numpy.typing as npt
 
 from d2moe import planes
 from d2moe.kernels import native
-from d2moe.types import TILE_ROWS, padded
+from d2moe.types import MAX_BITS, TILE_ROWS, padded
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 U8 = npt.NDArray[np.uint8]
 
-BIT_WEIGHTS = (92, 46, 27, 15, 8, 5, 3, 2)
-"""What each bit of a code is worth, the first one first, in units of the step."""
-EXPANSION = 1.1
-"""Feedback moves weights out of their range; the grid is so much wider."""
 DAMPING = 0.01
 """Share of the mean diagonal that is added to a Hessian's diagonal; ten times more while it cannot be factored."""
 BLOCK = 64
@@ -43,43 +39,30 @@ class Target:
     share: float
 
 
-TARGETS = (Target(2, 1.0), Target(3, 1.0), Target(4, 1.0), Target(8, 0.1))
-
-
-def half_values(bit_weights: Sequence[int], bits: int) -> tuple[F32, F32]:
+def half_values(bits: int) -> tuple[F32, F32]:
     """Values float32 [16] of the first and of the last four bits of a code at width `bits`; their sum is the code's.
 
-    The middle of what is left, half of the bits after `bits` and 1/2, is in the half that has the last bit that counts.
+    The half cell is in the half that has the last bit that counts.
     """
-    nibble = np.arange(16)
-    rest = np.float32(0.5 + sum(bit_weights[bits:]) / 2)
-    out = []
-    for half in range(2):
-        value = np.zeros(16, np.float32)
-        for bit in range(4):
-            if half * 4 + bit < bits:
-                value += (nibble >> (3 - bit) & 1) * np.float32(bit_weights[half * 4 + bit])
-        out.append(value + rest if half == (bits > 4) else value)
-    return out[0], out[1]
+    nibbles = np.arange(16, dtype=np.uint8)
+    high = planes.prefix(nibbles << np.uint8(4), bits).astype(np.float32)
+    low = planes.prefix(nibbles, bits).astype(np.float32)
+    half = planes.half_cell(bits)
+    return (high, low + half) if bits > 4 else (high + half, low)
 
 
-def cell(bit_weights: Sequence[int], bits: int) -> float:
-    """Mean distance of neighbouring values at width `bits`, in units of the step."""
-    return sum(bit_weights[:bits]) / (2**bits - 1)
-
-
-def shares(targets: Sequence[Target], bit_weights: Sequence[int]) -> list[float]:
+def shares(targets: Sequence[Target]) -> list[float]:
     """What a squared error in units of the step counts for each target."""
-    return [float(np.float32(t.share / cell(bit_weights, t.bits) ** 2)) for t in targets]
+    return [float(np.float32(t.share / 4 ** (MAX_BITS - t.bits))) for t in targets]
 
 
-def choose(wanted: F32, targets: Sequence[Target], bit_weights: Sequence[int]) -> tuple[U8, F32]:
+def choose(wanted: F32, targets: Sequence[Target]) -> tuple[U8, F32]:
     """Codes uint8 [n] for the values float32 [targets, n] wanted at each target, and the values they give.
 
     The first four bits are chosen as if the last four could be chosen freely within their reach, then those.
     """
-    halves = [half_values(bit_weights, t.bits) for t in targets]
-    weights = np.float32(shares(targets, bit_weights))
+    halves = [half_values(t.bits) for t in targets]
+    weights = np.array(shares(targets), np.float32)
     cost = np.zeros((16, wanted.shape[1]), np.float32)
     for k, (high, low) in enumerate(halves):
         d = wanted[k] - high[:, None]
@@ -97,9 +80,7 @@ def choose(wanted: F32, targets: Sequence[Target], bit_weights: Sequence[int]) -
     return (first << 4 | last).astype(np.uint8), values
 
 
-def round_columns(
-    t: F32, u: F32, step: F32, zero: F32, targets: Sequence[Target], bit_weights: Sequence[int]
-) -> U8:
+def round_columns(t: F32, u: F32, step: F32, zero: F32, targets: Sequence[Target]) -> U8:
     """Codes uint8 [cols, rows] of t float32 [targets, cols, rows], the weights that each target still has to make up for.
 
     Afterwards t holds each target's errors, divided by the diagonal of u float32 [cols, cols], the upper factor of the
@@ -110,7 +91,7 @@ def round_columns(
         s, live = step[j], step[j] > 0
         with np.errstate(divide="ignore"):
             inverse = np.where(live, np.float32(1) / s, np.float32(0))
-        code, values = choose(t[:, j] * inverse + zero[j], targets, bit_weights)
+        code, values = choose(t[:, j] * inverse + zero[j], targets)
         codes[j] = np.where(live, code, 0)
         t[:, j] = (t[:, j] - s * (values - zero[j])) * (np.float32(1) / u[j, j])
         t[:, j + 1 :] = t[:, j + 1 :] - t[:, j, None] * u[j, j + 1 :, None]
@@ -159,13 +140,12 @@ class Feedback:
         hessian: F32,
         group: int,
         *,
-        targets: Sequence[Target] = TARGETS,
-        bit_weights: Sequence[int] = BIT_WEIGHTS,
+        targets: Sequence[Target],
         threads: int = 1,
     ):
         if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1] or not np.isfinite(hessian).all():
             raise ValueError(f"a Hessian is square and finite, this one has shape {list(hessian.shape)}")
-        self._group, self._targets, self._bit_weights, self._threads = group, tuple(targets), tuple(bit_weights), threads
+        self._group, self._targets, self._threads = group, tuple(targets), threads
         diagonal = np.diagonal(hessian)
         self._order = np.argsort(-diagonal, kind="stable")
         self._factor = inverse_factor(hessian[np.ix_(self._order, self._order)])
@@ -177,9 +157,7 @@ class Feedback:
         rows_p, cols_p = padded(rows, TILE_ROWS), padded(cols, self._group)
         full = np.zeros((rows_p, cols_p), np.float32)
         full[:rows, :cols] = w
-        affine, row_scale = planes.fit(
-            full.reshape(rows_p, -1, self._group) * np.float32(EXPANSION), sum(self._bit_weights) + 1
-        )
+        affine, row_scale = planes.fit(full.reshape(rows_p, -1, self._group))
         order = self._order
         in_order = np.ascontiguousarray(full[:, order].T)
         group_of = order // self._group
@@ -206,8 +184,7 @@ class Feedback:
     def _settings(self) -> dict[str, Any]:
         return {
             "bits": [t.bits for t in self._targets],
-            "weights": shares(self._targets, self._bit_weights),
-            "bit_weights": list(self._bit_weights),
+            "weights": shares(self._targets),
             "threads": self._threads,
         }
 

@@ -41,8 +41,8 @@ def show_bytes(n: float) -> str:
 class EngineConfig:
     """`memory_bytes`: the whole process; None takes what the model needs, up to 80 % of the memory that is free.
     `expert_memory_bytes`: expert slots alone, instead of all that `memory_bytes` leaves.
-    `bits`: the width of requests that name none. `dense_bits`: the width of all other weights (default: one
-    bit more than `bits`, from 4 to 8; see `dense_width`). `kv`: keys and values as "f16"
+    `bits`: the width of requests that name none. `dense_bits`: the width of all other weights (default: two
+    bits more than `bits`, from 5 to 8; see `dense_width`). `kv`: keys and values as "f16"
     (two bytes each) or "q8" (one). `context`: tokens a sequence may hold (default: the model's, at most
     4096). `threads`: default all CPUs this process may use. `chunk_tokens`: tokens of a prompt computed at a time.
     `max_sequences`: sequences that may be alive at once. `kernels`: a kernel table, or the NumPy twin.
@@ -75,9 +75,9 @@ class EngineConfig:
 
     @property
     def dense_width(self) -> int:
-        """Bits of the dense weights. Every token reads them, and a bit less costs them a little more quality than it costs
-        the experts (docs/log.md), so by default they get one more."""
-        return self.dense_bits if self.dense_bits is not None else min(MAX_BITS, max(4, self.bits + 1))
+        """Bits of the dense weights. Every token reads all of them, they are few, and a bit less costs them far more quality
+        than it costs the experts (docs/log.md): by default they get two bits more."""
+        return self.dense_bits if self.dense_bits is not None else min(MAX_BITS, max(5, self.bits + 2))
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:

@@ -1,0 +1,148 @@
+"""Conversion with error feedback: layer by layer, with what the unquantised model makes of the calibration text.
+
+One layer's weights are in memory, and the residual stream of all windows. Each matrix is rounded for the inputs it meets
+there (convert/activations.py, convert/feedback.py); the stream itself goes on in float, since it has no one width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from d2moe.container import ContainerWriter, NestedMatrix
+from d2moe.container.layout import PROJECTIONS, Tensors
+from d2moe.convert.activations import Routed
+from d2moe.convert.calibration import I32, Stream
+from d2moe.convert.feedback import F32, F64, Feedback, Rounded, Target
+from d2moe.convert.job import Job, Progress, packed
+from d2moe.convert.source import ModelSource
+from d2moe.planes import tile, tile_affine
+from d2moe.types import TILE_ROWS, ModelShape
+
+TARGETS = {
+    "experts": (Target(2, 8.0), Target(3, 3.0), Target(4, 1.5), Target(6, 0.4), Target(8, 0.05)),
+    "dense": (Target(4, 1.0), Target(5, 1.0), Target(6, 0.5), Target(8, 0.2)),
+}
+"""The widths that count. Dense weights are read at one more bit than the experts, at 4 or more."""
+TIED = 0.1
+"""What an embedding's own rows count beside the head's outputs where both are one matrix."""
+
+
+def facts() -> dict[str, Any]:
+    """What the quantiser's notes in a manifest say of all this."""
+    return {"targets": {kind: {str(t.bits): t.share for t in targets} for kind, targets in TARGETS.items()}}
+
+
+def loss_tensors(shape: ModelShape) -> Tensors:
+    """The measured losses that a container keeps: of each layer float32 [experts, projections, targets], the squared error of a
+    matrix's outputs as a share of their own squares; and how many calibration tokens chose each expert, float32 [experts]."""
+    out: Tensors = {}
+    for layer in shape.moe_layers:
+        out[f"optional.losses.{layer}"] = ("F32", (shape.experts, len(PROJECTIONS), len(TARGETS["experts"])))
+        out[f"optional.tokens.{layer}"] = ("F32", (shape.experts,))
+    return out
+
+
+class CalibratedJob(Job):
+    """A run of rounding with error feedback, layer by layer."""
+
+    def __init__(
+        self, checkpoint: ModelSource, writer: ContainerWriter, group: int, threads: int, progress: Progress, windows: I32
+    ):
+        super().__init__(checkpoint, writer, group, threads, progress)
+        self._windows = windows
+
+    def run(self) -> None:
+        """Everything that is not there yet."""
+        self.progress.start(self.total, self.done)
+        shape = self.checkpoint.shape
+        for name, source in self.checkpoint.names.dense.items():
+            if not source.quantized:
+                self._plain(name)
+        self.progress.advance(0, "calibration text")
+        stream = Stream(self.checkpoint, self._windows, self.writer.partial)
+        for layer in range(stream.layer, shape.layers):
+            self._layer(stream, layer)
+            stream.keep(layer + 1)
+        self._ends(stream.activations.final(), shape.tied_embeddings)
+        stream.close()
+
+    def _ends(self, last: F32, tied: bool) -> None:
+        """Embedding and head. Rows of an embedding are looked up one by one, which no correlation of inputs can help; where
+        it is the head, too, both count."""
+        alone = np.eye(len(last), dtype=np.float32)
+        if not tied:
+            self._corrected("embed", alone)
+            self._corrected("head", last)
+        else:
+            mean = np.float32(max(float(np.trace(last, dtype=np.float64)) / len(last), 1e-30))
+            self._corrected("embed", last / mean + np.float32(TIED) * alone)
+
+    def _layer(self, stream: Stream, layer: int) -> None:
+        activations, name = stream.activations, f"layers.{layer}"
+        self.progress.advance(0, f"layer {layer} attention")
+        into, out = activations.attend(layer)
+        for part in "qkv":
+            self._corrected(f"{name}.attn.{part}", into)
+        self._corrected(f"{name}.attn.o", out)
+        h = activations.normed(layer)
+        routed = None
+        if layer in activations.shape.moe_layers:
+            routed = Routed(activations, layer, h, least=h.shape[1])
+        for block in ("mlp", "shared"):
+            if f"{name}.{block}.gate" in self.checkpoint.names.dense:
+                mix = self.checkpoint.read_dense(f"{name}.shared.mix") if block == "shared" else None
+                into, inner = activations.block(f"{name}.{block}", h, mix)
+                for part, hessian in (("gate", into), ("up", into), ("down", inner)):
+                    self._corrected(f"{name}.{block}.{part}", hessian)
+        if routed is not None:
+            self._experts(layer, routed)
+
+    def _corrected(self, name: str, hessian: F32) -> None:
+        if not self._has_dense(name):
+            feedback = self._feedback(hessian, "dense")
+            self._linear(name, lambda piece: nested(feedback.round(piece)))
+
+    def _feedback(self, hessian: F32, kind: str) -> Feedback:
+        return Feedback(
+            hessian,
+            self._group,
+            targets=TARGETS[kind],
+            threads=self._threads,
+        )
+
+    def _experts(self, layer: int, routed: Routed) -> None:
+        ready = self.writer.done_experts(layer)
+        losses = f"optional.losses.{layer}"
+        found = np.zeros((self.checkpoint.shape.experts, len(PROJECTIONS), len(TARGETS["experts"])), np.float32)
+        for index in range(self.checkpoint.shape.experts):
+            parts = dict(self.checkpoint.read_expert(layer, index))
+            if index not in ready or not self.writer.is_dense_done(losses):
+                matrices, found[index] = self._expert_of(routed, index, parts)
+            if index not in ready:
+                self.writer.add_expert(layer, index, matrices)
+                self._advance(self._expert_weights, f"layer {layer} expert {index}")
+            routed.pass_on(index, **parts)
+        if not self.writer.is_dense_done(losses):
+            self.writer.add_dense(f"optional.tokens.{layer}", routed.tokens.astype(np.float32))
+            self.writer.add_dense(losses, found)
+
+    def _expert_of(self, routed: Routed, index: int, parts: dict[str, F32]) -> tuple[dict[str, NestedMatrix], F64]:
+        into, inner = routed.hessians(index, parts["gate"], parts["up"])
+        first, second = self._feedback(into, "experts"), self._feedback(inner, "experts")
+        matrices, losses = {}, []
+        for name in PROJECTIONS:
+            rounded = (second if name == "down" else first).round(parts[name])
+            hessian = inner if name == "down" else into
+            matrices[name] = nested(rounded)
+            energy = np.vdot(parts[name] @ hessian, parts[name])
+            losses.append(rounded.losses / max(float(energy), 1e-30))
+        return matrices, np.array(losses)
+
+
+def nested(rounded: Rounded) -> NestedMatrix:
+    """In storage order."""
+    group = rounded.codes.shape[1] // rounded.affine.shape[1]
+    rows = rounded.row_scale.reshape(-1, TILE_ROWS)
+    return packed(tile(rounded.codes, group), tile_affine(rounded.affine), rows)

@@ -1,0 +1,152 @@
+"""Conversion with calibration text: the activations are transformers' own, less is lost, and runs resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import FAMILIES, tiny_checkpoint
+from test_convert import Counting, tree
+from transformers import AutoModelForCausalLM
+
+from d2moe.container import Container
+from d2moe.convert.activations import Activations, Routed, squares
+from d2moe.convert.balance import Balanced
+from d2moe.convert.calibration import Calibration
+from d2moe.convert.pipeline import convert
+from d2moe.convert.source import open_source
+from d2moe.errors import ConfigError, ContainerError
+from d2moe.kernels.reference import rms_norm
+from d2moe.runtime.config import EngineConfig
+from d2moe.runtime.engine import Engine
+from d2moe.runtime.request import Chunk
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    seed = int(np.random.default_rng().integers(1 << 31))
+    print("seed", seed)
+    words = np.random.default_rng(seed).integers(32, 127, 6000, dtype=np.uint8)
+    (tmp_path / "text.txt").write_bytes(words.tobytes())
+    return tmp_path / "text.txt"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("balance", [False, True])
+def test_activations_are_those_of_transformers(family: str, balance: bool, tmp_path: Path) -> None:
+    """Residual stream before the final norm, through attention, shared and routed experts of all layers."""
+    tiny_checkpoint(family, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokens = np.random.default_rng().integers(0, 256, (3, 24)).astype(np.int32)
+    with open_source(tmp_path) as opened, torch.no_grad():
+        source = Balanced(opened) if balance else opened
+        activations, shape = Activations(source, tokens), opened.shape
+        for layer in range(shape.layers):
+            activations.attend(layer)
+            h = activations.normed(layer)
+            routed = Routed(activations, layer, h, least=1) if layer in shape.moe_layers else None
+            for block in ("mlp", "shared"):
+                if f"layers.{layer}.{block}.gate" in opened.names.dense:
+                    mix = source.read_dense(f"layers.{layer}.shared.mix") if block == "shared" else None
+                    activations.block(f"layers.{layer}.{block}", h, mix)
+            for expert in range(shape.experts if routed else 0):
+                assert routed
+                routed.pass_on(expert, **dict(source.read_expert(layer, expert)))
+        last = rms_norm(activations.x, source.read_dense("final_norm"), shape.rms_eps)
+        head = np.concatenate(list(source.linear_pieces("embed" if shape.tied_embeddings else "head", 1)))
+        expected = model(torch.from_numpy(tokens).long()).logits.numpy()
+    assert np.abs(last @ head.T - expected).max() < 2e-3 * np.abs(expected).max()
+
+
+def test_experts_that_few_tokens_chose_see_the_nearest_others(tmp_path: Path) -> None:
+    tiny_checkpoint("olmoe", tmp_path)
+    with open_source(tmp_path) as source:
+        activations = Activations(source, np.random.default_rng().integers(0, 256, (2, 16)).astype(np.int32))
+        activations.attend(0)
+        h = activations.normed(0)
+        logits = h @ source.read_dense("layers.0.router").T
+        routed = Routed(activations, 0, h, least=20)
+        expert = int(routed.tokens.argmin())
+        parts = dict(source.read_expert(0, expert))
+        found, _ = routed.hessians(expert, parts["gate"], parts["up"])
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        chosen = (np.argsort(-p, axis=-1)[:, : source.shape.top_k] == expert).any(-1)
+        assert routed.tokens[expert] == chosen.sum() < 20
+        if source.shape.norm_top_k:
+            p /= np.sort(p, axis=-1)[:, -source.shape.top_k :].sum(-1, keepdims=True)
+        seen = sorted(range(len(h)), key=lambda i: (not chosen[i], -p[i, expert]))[:20]
+        expected = squares(h[seen], p[seen, expert] ** 2 * activations.importance()[seen])
+    assert np.allclose(found, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+
+
+def divergence(model: Path, expected: torch.Tensor, tokens: np.ndarray, bits: int) -> float:
+    """Mean KL divergence of an engine's next tokens from float log-probabilities."""
+    engine = Engine.load(model, EngineConfig(bits=bits, dense_bits=8, memory_bytes=10**9))
+    try:
+        rows = torch.from_numpy(engine.step([Chunk(engine.new_sequence(), tokens, bits, "all")]))
+    finally:
+        engine.close()
+    return float((expected.exp() * (expected - torch.log_softmax(rows.double(), -1))).sum(-1).mean())
+
+
+def test_less_is_lost_than_by_rounding_to_the_nearest(tmp_path: Path, text: Path) -> None:
+    """On the text's own kind of tokens, at the widths that count most; random weights have little to gain."""
+    src = tmp_path / "src"
+    tiny_checkpoint("qwen3_moe", src)
+    convert(src, tmp_path / "range")
+    convert(src, tmp_path / "gptq", calibration=Calibration((text,), 4096))
+    assert Container.open(tmp_path / "gptq").manifest.quantizer["name"] == "gptq"
+    tokens = np.random.default_rng().integers(32, 127, 250).astype(np.int32)
+    reference = AutoModelForCausalLM.from_pretrained(src, dtype=torch.float32)
+    with torch.no_grad():
+        expected = torch.log_softmax(reference(torch.from_numpy(tokens).long()[None]).logits[0].double(), -1)
+    for bits in (2, 3):
+        lost = [divergence(tmp_path / name, expected, tokens, bits) for name in ("gptq", "range")]
+        print(bits, lost)
+        assert lost[0] < lost[1]
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "olmoe"])
+def test_interrupted_runs_resume_to_the_same_bytes(family: str, tmp_path: Path, text: Path) -> None:
+    src, calibration = tmp_path / "src", Calibration((text,), 1024)
+    tiny_checkpoint(family, src, num_hidden_layers=2)
+    convert(src, tmp_path / "whole", calibration=calibration)
+    for stop in (2, 20, 3):  # before the first layer, within experts, in the layer after
+        with pytest.raises(KeyboardInterrupt):
+            convert(src, tmp_path / "dst", calibration=calibration, progress=Counting(stop))
+    with pytest.raises(ContainerError, match=r"was begun with other facts: quantizer\.calibration\.sha256"):
+        text.write_bytes(text.read_bytes()[::-1])
+        convert(src, tmp_path / "dst", calibration=calibration)
+    text.write_bytes(text.read_bytes()[::-1])
+    counting = Counting()
+    convert(src, tmp_path / "dst", calibration=calibration, progress=counting)
+    assert counting.done == counting.total
+    assert tree(tmp_path / "dst") == tree(tmp_path / "whole")
+
+
+def test_losses_are_kept(tmp_path: Path, text: Path) -> None:
+    src = tmp_path / "src"
+    tiny_checkpoint("mixtral", src)
+    container = Container.open(convert(src, tmp_path / "dst", calibration=Calibration((text,), 1024)))
+    for layer in container.moe_layers:
+        losses = container.read_dense(f"optional.losses.{layer}")
+        assert losses.shape == (container.experts, 3, 5)
+        assert (losses > 0).all() and (np.diff(losses, axis=-1) < 0).mean() > 0.9
+        assert container.read_dense(f"optional.tokens.{layer}").sum() == 1024 * 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"too short", r"has 9 tokens, calibration needs at least \d+; give a longer text"), (None, "cannot be read as calibration text")],
+)
+def test_calibration_text_that_is_of_no_use(content: bytes | None, message: str, tmp_path: Path) -> None:
+    tiny_checkpoint("olmoe", tmp_path / "src")
+    file = tmp_path / "short.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        convert(tmp_path / "src", tmp_path / "dst", calibration=Calibration((file,)))
+    assert not list(tmp_path.glob("dst*"))
