@@ -36,5 +36,9 @@ class BusyError(D2MoeError):
         self.retry_after_s = retry_after_s
 
 
+class StoppingError(D2MoeError):
+    """The engine is being stopped and takes nothing new."""
+
+
 class RequestError(D2MoeError):
     """A request cannot be served: empty prompt, prompt longer than the context, a width outside the file."""

@@ -114,7 +114,7 @@ class Engine:
         least = self.budget.fixed + record.record_bytes
         if n_bytes < least:
             raise MemoryBudgetError(
-                f"{self.container.path}: a memory of {show_bytes(n_bytes)} is too small; the least that would do is "
+                f"{self.container.path.name}: a memory of {show_bytes(n_bytes)} is too small; the least that would do is "
                 f"{show_bytes(least)} as long as the model stays loaded"
             )
         experts = min(n_bytes - self.budget.fixed, record.record_bytes * self.ledger.layers * self.ledger.experts)
@@ -204,6 +204,11 @@ class Engine:
             chunk.sequence.length += len(part)
         self.counters.tokens += at
         return out
+
+    def heat(self) -> npt.NDArray[np.float64]:
+        """float64 [MoE layers, experts]: how much each expert was wanted lately, see `Ledger.heat`."""
+        self._streamer.hear(self.decoder)
+        return self.ledger.heat()
 
     def describe(self) -> dict[str, Any]:
         """Facts for reports: kernel table, threads, storage path, how the budget is split (bytes)."""

@@ -18,6 +18,8 @@ from d2moe.runtime.tokenizer import Tokenizer
 
 Kind = Literal["json_schema", "lark", "regex"]
 MAX_GRAMMAR_BYTES = 200_000
+JSON_SPACE = r"( |\n {0,40})"
+"""Between the parts of a JSON value: a space, or a line's end with its indent. Small models love endless blank lines."""
 
 
 class Grammars:
@@ -42,7 +44,10 @@ class Grammars:
             raise RequestError(f"the {kind} has more than {MAX_GRAMMAR_BYTES:,} bytes; make it shorter")
         matcher = self._library.LLMatcher
         try:
-            grammar = getattr(matcher, f"grammar_from_{kind}")(text)
+            if kind == "json_schema":
+                grammar = matcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": JSON_SPACE})
+            else:
+                grammar = getattr(matcher, f"grammar_from_{kind}")(text)
             state = matcher(self._tokenizer, grammar, log_level=0)
         except ValueError as error:
             raise RequestError(f"the {kind} cannot be used: {_short(error)}") from None

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
 
-from d2moe.errors import BusyError, D2MoeError
+from d2moe.errors import BusyError, RequestError, StoppingError
 from d2moe.runtime.scheduler import Ended, Job, Observer, Scheduler
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ class Worker:
         return self._thread.is_alive() and not self._closing
 
     def submit(self, jobs: list[Job]) -> None:
-        """Queue all of `jobs` or none; BusyError when they do not fit the queue, D2MoeError when the worker is stopping."""
+        """Queue all of `jobs` or none; BusyError when they do not fit the queue, StoppingError at the end."""
         with self._wake:
             if not self.accepting:
-                raise D2MoeError("the server is stopping and takes no new requests")
+                raise StoppingError("the server is stopping and takes no new requests")
             room = self.most_running + self.queue - self._live
             if len(jobs) > room:
                 waiting = max(1, self._live - self.most_running)
@@ -94,7 +94,7 @@ class Worker:
 
         with self._wake:
             if not self._thread.is_alive() or self._stop:
-                raise D2MoeError("the server is stopping")
+                raise StoppingError("the server is stopping")
             self._inbox.append(run)
             self._wake.notify()
         return future
@@ -118,7 +118,7 @@ class Worker:
             for call in inbox:
                 call()
             if stop:
-                self._scheduler.abandon(D2MoeError("the server was stopped before the answer ended"))
+                self._scheduler.abandon(StoppingError("the server was stopped before the answer ended"))
                 return
             try:
                 self._scheduler.step()
@@ -137,6 +137,8 @@ class Worker:
             self._observer.token(job, gap_s)
 
     def ended(self, job: Job, outcome: Ended) -> None:
+        if outcome.error and not isinstance(outcome.error, (RequestError, StoppingError)):
+            log.error("an answer failed: %s", outcome.error)
         with self._wake:
             self._live -= 1
             if job.admitted:
