@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 from typing import Any
@@ -30,7 +31,7 @@ KEY_VARIABLE = "D2MOE_API_KEY"
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Most tokens of an answer [default: what the context holds].")
 @click.option("--max-body", metavar="SIZE", default="4MB", help="Largest request [default: 4MB].")
 @click.option("--drain-seconds", type=click.IntRange(min=0), default=30, help="Time for running answers at the end [default: 30].")
-@click.option("--log", type=click.Choice(["text", "json", "off"]), default="text", help="One line for a request, on stderr [default: text].")
+@click.option("--log", type=click.Choice(["text", "json", "off"]), default="text", help="Lines on stderr, one a request [default: text].")
 def serve(model: str, **options: Any) -> None:
     """Serve MODEL over HTTP, as OpenAI's interface, with a page at /.
 
@@ -93,6 +94,9 @@ def serve(model: str, **options: Any) -> None:
         )
         if key is None and not is_loopback(own["host"]):
             click.echo(f"warning: anyone who reaches {own['host']} can use this server; set {KEY_VARIABLE} to ask for a key", err=True)
+        # uvicorn raises the signals it has heeded once more at its end; there is nothing left to do for them then.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
         try:
             server.run(sockets=[listener])
         finally:

@@ -145,6 +145,10 @@ class Tokenizer:
         """Token ids of `chat_text`; the template writes the special tokens itself, so none are added."""
         return self.encode(self.chat_text(messages, add_generation_prompt, **variables), add_special=False)
 
+    def is_token(self, text: str) -> bool:
+        """True if exactly `text` is one token."""
+        return self.backend.token_to_id(text) is not None
+
     def is_byte(self, token: int) -> bool:
         """True for a byte token of a vocabulary with byte fallback, as <0xE2>."""
         return token in self._byte_tokens

@@ -93,7 +93,7 @@ class Service:
         if offered:
             variables["tools"] = [tool.model_dump(exclude_none=True) for tool in offered]
         prompt = tokenizer.chat([tools.plain(m) for m in body.messages], **variables)
-        constraint = self._constraint(body, tools.forced(body, offered))
+        constraint = self._constraint(body, tools.forced(body, offered, tokenizer.is_token))
         limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         if limit == 0:
             raise RequestError("max_tokens is 0, expected at least 1")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from d2moe.errors import RequestError
@@ -35,8 +36,9 @@ def offered(body: ChatRequest, template: str | None) -> list[Tool]:
     return tools
 
 
-def forced(body: ChatRequest, tools: list[Tool]) -> str | None:
-    """A Lark grammar of calls if the request demands one, else None."""
+def forced(body: ChatRequest, tools: list[Tool], is_token: Callable[[str], bool]) -> str | None:
+    """A Lark grammar of calls if the request demands one, else None. `is_token` says whether a tag is a token of the vocabulary:
+    llguidance wants such a one by its name, not as text."""
     choice = body.tool_choice
     if not tools or choice in (None, "none", "auto"):
         return None
@@ -56,7 +58,8 @@ def forced(body: ChatRequest, tools: list[Tool]) -> str | None:
     ]
     schema: dict[str, Any] = {"anyOf": calls} if len(calls) > 1 else dict(calls[0])
     schema["x-guidance"] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    one = f'"{OPEN}\\n" body "\\n{CLOSE}"'
+    before, after = (tag if is_token(tag) else f'"{tag}"' for tag in (OPEN, CLOSE))
+    one = f'{before} "\\n" body "\\n" {after}'
     several = f'start: call ("\\n" call)*\ncall: {one}' if body.parallel_tool_calls is not False else f"start: {one}"
     return f"{several}\nbody: %json {json.dumps(schema)}\n"
 
