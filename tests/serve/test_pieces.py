@@ -112,7 +112,8 @@ def test_demanded_calls_work_with_tags_as_tokens_and_as_text(tags: list[str]) ->
 
 
 def test_widths_of_dials() -> None:
-    assert [width_of(b, q, 5) for b, q in ((None, None), (3.0, None), (None, "fast"), (None, "balanced"), (None, "best"))] == [5, 3, 3, 4, 8]
+    wishes = ((None, None), (3.0, None), (None, "fast"), (None, "balanced"), (None, "best"))
+    assert [width_of(bits, quality, 5) for bits, quality in wishes] == [5, 3, 3, 4, 8]
     for bits in (1, 9, 2.6, 1e300):
         with pytest.raises(RequestError, match="expected a whole number from 2 to 8"):
             width_of(bits, None, 4)

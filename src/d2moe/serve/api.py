@@ -34,7 +34,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     500: {"model": schema.ErrorAnswer, "description": "The engine failed."},
     503: {"model": schema.ErrorAnswer, "description": "The server is stopping."},
 }
-PAGE = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+PAGE = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 

@@ -20,7 +20,7 @@ from d2moe.serve.answers import error_body
 
 log = logging.getLogger("d2moe.serve")
 
-OPEN_PATHS = ("/", "/health", "/page/page.css", "/page/page.js")
+OPEN_PATHS = ("/", "/health", "/page/page.css", "/page/page.js", "/page/icon.svg")
 """Served without the key: what a browser needs to ask for it, and what tells that the server is alive."""
 HEADERS = {
     b"content-security-policy": b"default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
