@@ -35,7 +35,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": schema.ErrorAnswer, "description": "The server is stopping."},
 }
 PAGE = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
-STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 
 def create_app(service: Service, guard: Guard | None = None) -> FastAPI:

@@ -56,7 +56,7 @@ class Common(Strict):
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="The same seed gives the same text.")
     stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
     ignore_eos: bool = Field(False, description="Go on past the model's end of text.")
-    bits: float | None = Field(None, description="Width of the experts, 2 to 8 bits; today a whole number.")
+    bits: float | None = Field(None, ge=BASE_BITS, le=MAX_BITS, description="Width of the experts; today a whole number.")
     quality: Literal["fast", "balanced", "best"] | None = Field(None, description=f"Instead of bits: {QUALITY}.")
     grammar: str | None = Field(None, description="The answer follows this grammar, in llguidance's form of Lark.")
     regex: str | None = Field(None, description="The answer matches this regular expression.")
@@ -153,7 +153,7 @@ class MemoryRequest(Strict):
 
 
 class DefaultsRequest(Strict):
-    bits: float = Field(description="Width of requests that name none.")
+    bits: float = Field(ge=BASE_BITS, le=MAX_BITS, description="Width of requests that name none; today a whole number.")
 
 
 # Answers, for the description of the interface.
