@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import serving, wait_idle
+from serving import serving, wait_idle
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the page is NOT TESTED: playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

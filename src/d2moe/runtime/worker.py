@@ -54,16 +54,19 @@ class Worker:
         return self._thread.is_alive() and not self._closing
 
     def submit(self, jobs: list[Job]) -> None:
-        """Queue all of `jobs` or none; BusyError when they do not fit the queue, StoppingError at the end."""
+        """Queue all of `jobs` or none; BusyError when they do not fit the queue, RequestError if they never would, StoppingError
+        at the end."""
         with self._wake:
             if not self.accepting:
                 raise StoppingError("the server is stopping and takes no new requests")
-            room = self.most_running + self.queue - self._live
-            if len(jobs) > room:
+            most = self.most_running + self.queue
+            if len(jobs) > most:
+                raise RequestError(f"{len(jobs)} answers in one request, at most {most} may run and wait here")
+            if len(jobs) > most - self._live:
                 waiting = max(1, self._live - self.most_running)
                 after = math.ceil(self._job_s * waiting / self.most_running)
                 raise BusyError(
-                    f"{self._live} requests are running or waiting, of {self.most_running + self.queue} that may; try again later",
+                    f"{self._live} requests are running or waiting, of {most} that may; try again later",
                     min(max(after, 1), 60),
                 )
             self._live += len(jobs)

@@ -131,8 +131,7 @@ class Service:
         if len(texts) > MOST_PROMPTS:
             raise RequestError(f"{len(texts)} prompts in one request, expected at most {MOST_PROMPTS}")
         encode = self.model.tokenizer.encode
-        tokens = [encode(t) if isinstance(t, str) else t for t in texts]
-        return [check_prompt(t, self.engine.shape.vocab, self.engine.context) for t in tokens]
+        return [encode(t) if isinstance(t, str) else t for t in texts]
 
     def _plan(
         self,
