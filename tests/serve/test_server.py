@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -257,6 +258,8 @@ def test_the_command(tmp_path: Any) -> None:
         body = {"model": "qwen3moe-14m", "prompt": "Once", "max_tokens": 5, "seed": 1}
         response = httpx.post(f"{url[1]}/v1/completions", json=body, headers={"authorization": "Bearer k"}, timeout=30)
         assert response.status_code == 200 and response.json()["usage"]["completion_tokens"] == 5
+        peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())[1])  # type: ignore[index]
+        assert peak * 1024 <= 280_000_000
         taken = subprocess.run(
             [*command, "builtin", "--port", url[1].split(":")[-1]], capture_output=True, text=True, check=False, timeout=60
         )
@@ -267,6 +270,9 @@ def test_the_command(tmp_path: Any) -> None:
     (line,) = [json.loads(text) for text in lines if "/v1/completions" in text]
     assert line["status"] == 200 and line["generated_tokens"] == 5 and line["request_id"] in response.json()["id"]
     assert "Once" not in "".join(lines), "the log holds no text of users"
+    bare = "import sys; sys.modules['uvicorn'] = None; from d2moe.cli import main; sys.exit(main(['serve', 'builtin']))"
+    out = subprocess.run([sys.executable, "-c", bare], capture_output=True, text=True, check=False, timeout=60)
+    assert out.returncode == 1 and out.stderr.endswith("which the server needs; run: pip install 'd2moe[serve]'\n")
     for arguments, words in (
         (["/nowhere"], "nowhere"), (["builtin", "--memory", "60MB"], "least that would do"),
         (["builtin", "--chat-template", str(tmp_path / "t")], "t"), (["builtin", "--host", "256.1.1.1"], "cannot listen"),

@@ -7,14 +7,18 @@ import os
 import signal
 import socket
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from d2moe.cli.shared import CONTEXT_OPTION, engine_options, model_path, read_text
 from d2moe.errors import ConfigError
 
+if TYPE_CHECKING:
+    from d2moe.serve.service import Service
+
 KEY_VARIABLE = "D2MOE_API_KEY"
+HEADER_BYTES = 32 * 1024
 
 
 @click.command(context_settings={"show_default": False})
@@ -23,10 +27,13 @@ KEY_VARIABLE = "D2MOE_API_KEY"
 @CONTEXT_OPTION
 @click.option("--host", default="127.0.0.1", help="Address to listen on [default: 127.0.0.1, this machine only].")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port; 0 takes a free one [default: 8000].")
+@click.option("--allow-host", multiple=True, metavar="NAME", help="A name clients may use for a server on 127.0.0.1, as behind a proxy.")
 @click.option("--name", metavar="TEXT", help="The model's name for clients [default: its folder's name].")
 @click.option("--chat-template", type=click.Path(exists=True, dir_okay=False), help="A Jinja file instead of the model's own template.")
 @click.option("--max-sequences", type=click.IntRange(min=1), help="Answers in one batch [default: 16].")
-@click.option("--kv-tokens", type=click.IntRange(min=1), help="Tokens of all texts together [default: what a quarter of memory holds].")
+@click.option(
+    "--kv-tokens", type=click.IntRange(min=1), help="Tokens of all texts together, at least a context [default: a quarter of memory]."
+)
 @click.option("--queue", type=click.IntRange(min=0), default=64, help="Requests that may wait; more get 429 [default: 64].")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Most tokens of an answer [default: what the context holds].")
 @click.option("--max-body", metavar="SIZE", default="4MB", help="Largest request [default: 4MB].")
@@ -48,16 +55,22 @@ def serve(model: str, **options: Any) -> None:
            -d '{"model": "olmoe", "prompt": "Once upon a time", "max_tokens": 40, "bits": 3}'
     """
     # What the server is made of must be in memory before the engine measures the process.
-    import uvicorn
+    try:
+        import fastapi  # noqa: F401 - the modules below need it
+        import prometheus_client  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise ConfigError(f"{error.name} is not installed, which the server needs; run: pip install 'd2moe[serve]'") from None
 
     from d2moe.cli.progress import Bar
-    from d2moe.runtime.config import EngineConfig, parse_bytes, show_bytes
+    from d2moe.runtime.config import EngineConfig, parse_bytes
     from d2moe.serve.api import create_app
     from d2moe.serve.gate import Guard, Lines, is_loopback, names_for
     from d2moe.serve.load import SEQUENCES, load_service
     from d2moe.serve.service import Limits
 
-    own = {k: options.pop(k) for k in ("host", "port", "name", "chat_template", "queue", "max_tokens", "max_body", "drain_seconds", "log")}
+    names = ("host", "port", "allow_host", "name", "chat_template", "queue", "max_tokens", "max_body", "drain_seconds", "log")
+    own = {k: options.pop(k) for k in names}
     options["max_sequences"] = options["max_sequences"] or SEQUENCES
     config = EngineConfig.from_options(**{k: v for k, v in options.items() if v is not None})
     limits = Limits(own["queue"], own["max_tokens"], parse_bytes(own["max_body"], "max-body"), own["drain_seconds"])
@@ -71,27 +84,21 @@ def serve(model: str, **options: Any) -> None:
         with Bar(f"loading {path.name}", light=True) as bar:
             service = load_service(path, config, limits, own["name"], template, bar)
         _log_to_stderr(Lines(own["log"] == "json"), own["log"])
-        guard = Guard(key, names_for(own["host"]), limits.body_bytes)
+        app = create_app(service, Guard(key, names_for(own["host"], own["allow_host"]), limits.body_bytes))
         server = uvicorn.Server(
             uvicorn.Config(
-                create_app(service, guard),
+                app,
                 log_config=None,
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
                 ws="none",
                 lifespan="on",
-                h11_max_incomplete_event_size=32 * 1024,
+                h11_max_incomplete_event_size=HEADER_BYTES,
                 timeout_graceful_shutdown=own["drain_seconds"],
             )
         )
-        host = f"[{own['host']}]" if ":" in own["host"] else own["host"]
-        budget = service.engine.budget
-        click.echo(
-            f"{service.name} at http://{host}:{listener.getsockname()[1]}/ (memory {show_bytes(budget.memory)}, of it experts "
-            f"{show_bytes(budget.experts)}; {service.engine.pages.blocks * 64:,} tokens in at most {service.worker.most_running} texts)",
-            err=True,
-        )
+        _announce(service, own["host"], listener.getsockname()[1])
         if key is None and not is_loopback(own["host"]):
             click.echo(f"warning: anyone who reaches {own['host']} can use this server; set {KEY_VARIABLE} to ask for a key", err=True)
         # uvicorn raises the signals it has heeded once more at its end; there is nothing left to do for them then.
@@ -104,6 +111,17 @@ def serve(model: str, **options: Any) -> None:
             service.model.close()
     if not server.started:
         sys.exit(1)
+
+
+def _announce(service: Service, host: str, port: int) -> None:
+    from d2moe.runtime.config import show_bytes
+    from d2moe.runtime.kv import BLOCK_TOKENS
+
+    budget, pages = service.engine.budget, service.engine.pages
+    where = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    parts = f"memory {show_bytes(budget.memory)}, of it experts {show_bytes(budget.experts)}"
+    room = f"{pages.blocks * BLOCK_TOKENS:,} tokens in at most {service.worker.most_running} texts"
+    click.echo(f"{service.name} at {where} ({parts}; {room})", err=True)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -108,7 +108,8 @@ class Engine:
         """Change the budget of the whole process between two steps; what experts hold beyond it goes back at once, the least
         valuable planes first.
 
-        Only the experts' share changes. MemoryBudgetError, and no change, if it would not hold one expert.
+        Only the experts' share changes; it is all that is left then, whatever `expert_memory_bytes` was. MemoryBudgetError, and no
+        change, if it would not hold one expert.
         """
         record = self.container.record
         least = self.budget.fixed + record.record_bytes

@@ -9,7 +9,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +40,9 @@ class Guard:
     body_bytes: int = 4_000_000
 
 
-def names_for(host: str) -> frozenset[str] | None:
-    """Host names for a server bound to `host`: the local ones if it is bound to loopback, else any."""
-    return frozenset(LOCAL_NAMES) if is_loopback(host) else None
+def names_for(host: str, more: Iterable[str] = ()) -> frozenset[str] | None:
+    """Host names for a server bound to `host`: the local ones and `more` if it is bound to loopback, else any."""
+    return frozenset({*LOCAL_NAMES, *(name.lower() for name in more)}) if is_loopback(host) else None
 
 
 def is_loopback(host: str) -> bool:
@@ -113,7 +113,7 @@ class Gate:
         guard, path = self.guard, scope["path"]
         host = re.sub(r":[0-9]+$", "", headers.get(b"host", b"").decode("latin-1").lower())
         if guard.names is not None and host not in guard.names:
-            return 421, f"this server answers to {', '.join(sorted(guard.names))}", "invalid_request_error"
+            return 421, f"this server answers to {', '.join(sorted(guard.names))}; more names with --allow-host", "invalid_request_error"
         if guard.api_key is not None and path not in OPEN_PATHS:
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, b"Bearer " + guard.api_key.encode()):
