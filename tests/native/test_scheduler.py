@@ -207,12 +207,21 @@ def test_prompt_tokens_are_scored(rng: np.random.Generator, monkeypatch: pytest.
         sequence.free()
         expected = [logprob(rows[i], prompt[i + 1], 2) for i in range(129)]
         monkeypatch.setattr("d2moe.runtime.scheduler.SCORED_BYTES", 4 * 4096 * 17)
-        scheduler = Scheduler(engine)
+        scheduler, step = Scheduler(engine), engine.step
+        sizes: list[int] = []
+
+        def watched(chunks: list[Chunk]) -> np.ndarray:
+            found = step(chunks)
+            sizes.append(len(found))
+            return found
+
+        monkeypatch.setattr(engine, "step", watched)
         (scored, heard), (only, silent) = (make(engine, prompt, prompt_logprobs=2, max_tokens=3) for _ in range(2))
         only.generate = False
         for job in (scored, only):
             scheduler.add(job)
         run(scheduler)
+        assert max(sizes) <= 18, "17 scored rows and that of one answer"
         assert scored.request.prompt_logprobs == only.request.prompt_logprobs == expected
         assert len(heard.pieces) == 3 and not silent.pieces and silent.outcome == Ended()
 

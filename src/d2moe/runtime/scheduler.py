@@ -176,9 +176,12 @@ class Scheduler:
         if answers:
             room = min(room, self.pace.tokens)
         chasing = self._leaders()
-        wants = {id(job): self._most(job) for job in chasing}
+        wants, scored_rows = {}, self._scored_rows
+        for job in chasing:
+            wants[id(job)] = min(job.due, scored_rows) if self._scored(job) else job.due
+            scored_rows -= wants[id(job)] if self._scored(job) else 0
         parts = dict.fromkeys(wants, 0)
-        left = list(chasing)
+        left = [job for job in chasing if wants[id(job)]]
         while left and room > 0:
             each = max(1, room // len(left))
             for job in left:
@@ -188,9 +191,10 @@ class Scheduler:
             left = [job for job in left if parts[id(job)] < wants[id(job)]]
         return answers + [(job, parts[id(job)]) for job in chasing if parts[id(job)]]
 
-    def _most(self, job: Job) -> int:
-        scored = job.request.params.prompt_logprobs is not None and job.fed < len(job.request.prompt)
-        return min(job.due, self._scored_rows) if scored else job.due
+    @staticmethod
+    def _scored(job: Job) -> bool:
+        """Whether the logits of all tokens that are fed next are wanted."""
+        return job.request.params.prompt_logprobs is not None and job.fed < len(job.request.prompt)
 
     def _leaders(self) -> list[Job]:
         """Jobs with more than one token due; of several at the same block of the same text only the first, as the others can
@@ -260,8 +264,7 @@ class Scheduler:
 
     def _chunk(self, job: Job, n: int) -> Chunk:
         begin = job.fed
-        scored = job.request.params.prompt_logprobs is not None and begin < len(job.request.prompt)
-        wish: Any = "all" if scored else "last" if n == job.due else "none"
+        wish: Any = "all" if self._scored(job) else "last" if n == job.due else "none"
         return Chunk(job.sequence, job.text[begin : begin + n], job.bits, wish)
 
     def _take(self, job: Job, chunk: Chunk, rows: npt.NDArray[np.float32]) -> None:
