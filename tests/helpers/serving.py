@@ -11,13 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
-import uvicorn
 
 import d2moe
 from d2moe.runtime.config import EngineConfig
-from d2moe.serve.api import create_app
 from d2moe.serve.gate import Guard, names_for
 from d2moe.serve.load import load_service
+from d2moe.serve.server import Server
 from d2moe.serve.service import Limits
 
 TEMPLATE = """
@@ -39,9 +38,7 @@ def serving(
     service = load_service(d2moe.builtin_model(), config, limits, NAME, template)
     guard = guard or Guard(names=names_for("127.0.0.1"), body_bytes=service.limits.body_bytes)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(
-            uvicorn.Config(create_app(service, guard), log_config=None, ws="none", lifespan="on", timeout_graceful_shutdown=5)
-        )
+        server = Server(service, guard)
         thread = threading.Thread(target=lambda: server.run(sockets=[listener]))
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -97,7 +97,8 @@ def test_a_full_queue_says_when_to_come_back(small: SimpleNamespace) -> None:
         ({"prompt": ""}, "prompt is empty"), ({"prompt": []}, "prompt is empty"), ({"prompt": [[]]}, "prompt is empty"),
         ({"prompt": [1, 4096]}, "token 4096"), ({"prompt": "\ud800"}, "not valid Unicode"), ({"prompt": [5] * 2049}, "has 2,049 tokens"),
         ({"max_tokens": 2001}, "2,001 tokens are more than this server gives"), ({"temperature": -1}, "temperature"),
-        ({"n": 17}, "^n: "), ({"logit_bias": {"x": 1}}, "logit_bias"), ({"stop": [""]}, "stop"), ({"best_of": 2}, "best_of"),
+        ({"n": 17}, "^n: "), ({"logit_bias": {"x": 1}}, "logit_bias"), ({"stop": [""]}, "stop"),
+        ({"stop": "x" * 1001}, "^stop.*1000"), ({"best_of": 2}, "best_of"),
         ({"prompt": ["a"] * 4}, "4 answers in one request, at most 3 may run and wait"), ({"prompt": ["a"] * 300}, "300 prompts"),
         ({"seed": "x"}, "seed"), ({"\ud800": 1}, "unicode"), ({"prompt": {"a": 1}}, "prompt"), ({"stream": 7}, "stream"),
     ],
@@ -243,6 +244,16 @@ def test_a_stop_lets_answers_end() -> None:
             if b"[DONE]" in data:
                 break
         assert data.count(b'"finish_reason": "length"') == 1 and b"[DONE]" in data
+
+
+def test_answers_that_take_too_long_are_told_of_the_end() -> None:
+    with serving(Limits(drain_s=0.2)) as server, begun(server, True) as first, begun(server, False) as second:
+        while server.service.worker.running < 2:
+            time.sleep(0.002)
+        server.stop()
+        streamed, whole = (b"".join(iter(lambda c=c: c.recv(65536), b"")) for c in (first, second))  # type: ignore[misc]
+    assert b"stopped before the answer ended" in streamed
+    assert b"[DONE]" in streamed and whole.startswith(b"HTTP/1.1 503 ") and b"stopped before the answer ended" in whole
 
 
 def test_the_command(tmp_path: Any) -> None:

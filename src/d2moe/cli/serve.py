@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from d2moe.serve.service import Service
 
 KEY_VARIABLE = "D2MOE_API_KEY"
-HEADER_BYTES = 32 * 1024
 
 
 @click.command(context_settings={"show_default": False})
@@ -56,17 +55,17 @@ def serve(model: str, **options: Any) -> None:
     """
     # What the server is made of must be in memory before the engine measures the process.
     try:
-        import fastapi  # noqa: F401 - the modules below need it
+        import fastapi  # noqa: F401 - the modules below need them
         import prometheus_client  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"{error.name} is not installed, which the server needs; run: pip install 'd2moe[serve]'") from None
 
     from d2moe.cli.progress import Bar
     from d2moe.runtime.config import EngineConfig, parse_bytes
-    from d2moe.serve.api import create_app
     from d2moe.serve.gate import Guard, Lines, is_loopback, names_for
     from d2moe.serve.load import SEQUENCES, load_service
+    from d2moe.serve.server import Server
     from d2moe.serve.service import Limits
 
     names = ("host", "port", "allow_host", "name", "chat_template", "queue", "max_tokens", "max_body", "drain_seconds", "log")
@@ -84,20 +83,7 @@ def serve(model: str, **options: Any) -> None:
         with Bar(f"loading {path.name}", light=True) as bar:
             service = load_service(path, config, limits, own["name"], template, bar)
         _log_to_stderr(Lines(own["log"] == "json"), own["log"])
-        app = create_app(service, Guard(key, names_for(own["host"], own["allow_host"]), limits.body_bytes))
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                ws="none",
-                lifespan="on",
-                h11_max_incomplete_event_size=HEADER_BYTES,
-                timeout_graceful_shutdown=own["drain_seconds"],
-            )
-        )
+        server = Server(service, Guard(key, names_for(own["host"], own["allow_host"]), limits.body_bytes))
         _announce(service, own["host"], listener.getsockname()[1])
         if key is None and not is_loopback(own["host"]):
             click.echo(f"warning: anyone who reaches {own['host']} can use this server; set {KEY_VARIABLE} to ask for a key", err=True)

@@ -9,6 +9,7 @@ from d2moe.errors import ConfigError, MemoryBudgetError, RequestError, StoppingE
 from d2moe.runtime.request import Piece
 from d2moe.runtime.sampling import TokenLogprob
 from d2moe.runtime.scheduler import Ended, Job
+from d2moe.runtime.tokenizer import UNFINISHED
 from d2moe.serve.service import Plan, Service
 from d2moe.serve.stream import Channel
 from d2moe.serve.tools import ToolReader
@@ -77,7 +78,7 @@ class Words:
 
     def _one(self, token: int, value: float) -> dict[str, Any]:
         text = self.of(token)
-        return {"token": text, "logprob": value, "bytes": list(text.encode())}
+        return {"token": text, "logprob": value, "bytes": None if UNFINISHED in text else list(text.encode())}
 
 
 class Answer:

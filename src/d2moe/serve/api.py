@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
@@ -39,15 +38,8 @@ STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream"
 
 
 def create_app(service: Service, guard: Guard | None = None) -> FastAPI:
-    """The ASGI application of a service; closing it (lifespan) stops the service's worker."""
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        # Connections have ended or were cut by now.
-        await asyncio.to_thread(service.worker.close)
-
-    app = FastAPI(title="d2moe", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    """The ASGI application of a service."""
+    app = FastAPI(title="d2moe", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, guard=guard or Guard(body_bytes=service.limits.body_bytes), responded=service.metrics.responded)
     _add_errors(app)
     _add_openai(app, service)

@@ -15,6 +15,7 @@ MOST_TOP_LOGPROBS = 20
 QUALITY: dict[str, float] = {"fast": 3, "balanced": 4, "best": 8}
 """Widths, in bits, that the words of `quality` stand for."""
 
+Stop = Annotated[str, Field(max_length=1000)]
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
@@ -54,7 +55,7 @@ class Common(Strict):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="The same seed gives the same text.")
-    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     ignore_eos: bool = Field(False, description="Go on past the model's end of text.")
     bits: float | None = Field(None, ge=BASE_BITS, le=MAX_BITS, description="Width of the experts; today a whole number.")
     quality: Literal["fast", "balanced", "best"] | None = Field(None, description=f"Instead of bits: {QUALITY}.")
@@ -208,7 +209,7 @@ class CompletionAnswer(BaseModel):
 class TopLogprob(BaseModel):
     token: str
     logprob: float
-    bytes: list[int]
+    bytes: list[int] | None = Field(description="Null for part of a character.")
 
 
 class ContentLogprob(TopLogprob):
