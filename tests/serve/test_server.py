@@ -74,6 +74,14 @@ def test_a_disconnect_frees_everything(small: SimpleNamespace, stream: bool) -> 
     assert pages.available == pages.blocks
 
 
+def test_a_silent_stream_gives_signs_of_life(small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2moe.serve.stream.PING_S", 0.005)
+    step = small.service.engine.step
+    monkeypatch.setattr(small.service.engine, "step", lambda chunks: (time.sleep(0.03), step(chunks))[1])
+    lines = post(small, stream=True, max_tokens=3, ignore_eos=True).text.strip().split("\n\n")
+    assert lines.count(": at work") >= 3 and sum(line.startswith("data: {") for line in lines) == 3 and lines[-1] == "data: [DONE]"
+
+
 def test_a_full_queue_says_when_to_come_back(small: SimpleNamespace) -> None:
     worker = small.service.worker
     with contextlib.ExitStack() as connections:

@@ -15,6 +15,8 @@ from d2moe.runtime.request import Piece
 from d2moe.runtime.scheduler import Ended, Listener
 
 T = TypeVar("T")
+PING_S = 15.0
+"""Silence on a stream of events after which a sign of life is sent."""
 Said = tuple[int, "Piece | Ended"]
 
 
@@ -90,8 +92,27 @@ class EventStream(Response):
             await self._events.aclose()
 
     async def _write(self, send: Send) -> None:
-        async for values in self._events:
-            body = b"".join(b"data: " + json.dumps(value).encode() + b"\n\n" for value in values)
+        async for values in _with_breaks(self._events):
+            # A comment keeps those on the way from taking the silence for the end.
+            body = b": at work\n\n" if values is None else b"".join(b"data: " + json.dumps(v).encode() + b"\n\n" for v in values)
             if body:
                 await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+
+async def _with_breaks(events: AsyncGenerator[list[Any], None]) -> AsyncGenerator[list[Any] | None, None]:
+    """What `events` gives, and None whenever it has given nothing for PING_S seconds."""
+    while True:
+        task = asyncio.ensure_future(anext(events, None))
+        try:
+            while not (await asyncio.wait({task}, timeout=PING_S))[0]:
+                yield None
+        finally:
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await task
+        values = task.result()
+        if values is None:
+            return
+        yield values

@@ -64,7 +64,8 @@ async function* events(response) {
     const parts = held.split("\n\n");
     held = parts.pop();
     for (const part of parts) {
-      const data = part.replace(/^data: /, "");
+      if (!part.startsWith("data: ")) continue; // a sign of life
+      const data = part.slice(6);
       if (data === "[DONE]") return;
       const event = JSON.parse(data);
       if (event.error) throw new Error(event.error.message);
