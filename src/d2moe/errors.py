@@ -28,5 +28,17 @@ class StorageError(D2MoeError):
     """Reading or writing failed: I/O error, short read, disk full."""
 
 
+class BusyError(D2MoeError):
+    """As many requests are waiting as may; `retry_after_s` is a guess of when one will fit."""
+
+    def __init__(self, message: str, retry_after_s: int):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class StoppingError(D2MoeError):
+    """The engine is being stopped and takes nothing new."""
+
+
 class RequestError(D2MoeError):
     """A request cannot be served: empty prompt, prompt longer than the context, a width outside the file."""

@@ -66,6 +66,7 @@ evaluate = Table(
 commands = Table(
     {
         "run": "d2moe.cli.run:run",
+        "serve": "d2moe.cli.serve:serve",
         "convert": "d2moe.cli.files:convert",
         "inspect": "d2moe.cli.files:inspect",
         "verify": "d2moe.cli.files:verify",
@@ -83,6 +84,7 @@ commands = Table(
       d2moe run builtin "Once upon a time" --memory 96MB --bits 4
       d2moe convert ~/OLMoE-1B-7B olmoe.d2moe          a Hugging Face checkpoint becomes one nested file
       d2moe run olmoe.d2moe "Once upon a time" --memory 2GB
+      d2moe serve olmoe.d2moe --memory 2GB             OpenAI's interface and a page, at http://127.0.0.1:8000/
     """,
     context_settings=SETTINGS,
     no_args_is_help=True,

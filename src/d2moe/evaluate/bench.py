@@ -195,7 +195,7 @@ def touched_bytes(model: Model, bits: int, position: float) -> int:
         dense -= container.nested["embed"].memory_bytes(config.dense_width)
     experts = len(container.moe_layers) * shape.top_k * container.record.prefix_bytes(bits)
     past = sum(min(position, w) if w else position for w in shape.windows)
-    return int(dense + experts + past * kv_bytes(shape, config.kv, BLOCK_TOKENS, 1) / BLOCK_TOKENS / shape.layers)
+    return int(dense + experts + past * kv_bytes(shape, config.kv, BLOCK_TOKENS) / BLOCK_TOKENS / shape.layers)
 
 
 def memory_bandwidth(threads: int | None) -> float | None:

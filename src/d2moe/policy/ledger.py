@@ -82,6 +82,14 @@ class Ledger:
         with np.errstate(divide="ignore"):
             values[planes] = np.logaddexp2(values[planes], self._now / HALF_LIFE + np.log2(weight))
 
+    def heat(self) -> npt.NDArray[np.float64]:
+        """float64 [layers, experts]: the share of recent steps that wanted each expert, the latest counting most."""
+        self._value_noted()
+        # What an expert that every step wants comes to.
+        full = 1 / (1 - 2.0 ** (-self.layers / HALF_LIFE))
+        share: npt.NDArray[np.float64] = np.exp2(self._value[..., 0] - self._now / HALF_LIFE) / full
+        return share
+
     def grow(self, layer: int, expert: int, bits: int) -> None:
         """The expert now has (or is being read up to) `bits`."""
         have = self.width[layer, expert]

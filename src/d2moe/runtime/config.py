@@ -45,7 +45,8 @@ class EngineConfig:
     bits more than `bits`, from 5 to 8; see `dense_width`). `kv`: keys and values as "f16"
     (two bytes each) or "q8" (one). `context`: tokens a sequence may hold (default: the model's, at most
     4096). `threads`: default all CPUs this process may use. `chunk_tokens`: tokens of a prompt computed at a time.
-    `max_sequences`: sequences that may be alive at once. `kernels`: a kernel table, or the NumPy twin.
+    `max_sequences`: sequences that may be alive at once. `kv_tokens`: tokens of all of them together (default: a full context
+    each). `reserve_bytes`: memory left to whoever runs the engine. `kernels`: a kernel table, or the NumPy twin.
     `direct`: read experts past the page cache. `read_depth`: reads in flight.
     """
 
@@ -58,6 +59,8 @@ class EngineConfig:
     threads: int | None = None
     chunk_tokens: int | None = None
     max_sequences: int = 1
+    kv_tokens: int | None = None
+    reserve_bytes: int = 0
     kernels: str = "native"
     direct: bool = True
     read_depth: int = 4
@@ -65,10 +68,11 @@ class EngineConfig:
     def __post_init__(self) -> None:
         check_width(self.bits)
         check_width(self.dense_width)
-        for name in ("memory_bytes", "expert_memory_bytes", "context", "threads", "chunk_tokens", "max_sequences", "read_depth"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name} is {value!r}, expected a whole number from 1 on")
+        whole = ("memory_bytes", "expert_memory_bytes", "context", "threads", "chunk_tokens", "max_sequences", "kv_tokens", "read_depth")
+        for name in (*whole, "reserve_bytes"):
+            value, least = getattr(self, name), 0 if name == "reserve_bytes" else 1
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ConfigError(f"{name} is {value!r}, expected a whole number from {least} on")
         for name, known in (("kernels", KERNELS), ("kv", KV_KINDS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 from d2moe.container import Container
-from d2moe.errors import ConfigError, RequestError
+from d2moe.errors import ConfigError, MemoryBudgetError, RequestError
 from d2moe.kernels import reference
 from d2moe.models import shape_from_config
 from d2moe.models.layers import Decoder, DenseOptions, Places
 from d2moe.policy.ledger import Ledger
 from d2moe.runtime import memory
-from d2moe.runtime.config import EngineConfig
+from d2moe.runtime.config import EngineConfig, show_bytes
 from d2moe.runtime.kv import BLOCK_TOKENS, Pages, Sequence
 from d2moe.runtime.request import Chunk
 from d2moe.runtime.streamer import Counters, Streamer
-from d2moe.types import check_width, padded
+from d2moe.types import check_width
 
 F32 = npt.NDArray[np.float32]
 DEFAULT_CONTEXT = 4096
@@ -64,9 +65,9 @@ class Engine:
                 self.runtime = backend.Runtime(threads, None if config.kernels == "native" else config.kernels, scratch)
             except (ValueError, RuntimeError) as error:
                 raise ConfigError(str(error)) from None
-        blocks = padded(self.context, BLOCK_TOKENS) // BLOCK_TOKENS * config.max_sequences
+        blocks = memory.kv_blocks(config, self.context)
         self.kv = backend.KvCache(config.kv, shape.layers, blocks, BLOCK_TOKENS, shape.kv_heads, shape.head_dim)
-        self._pages = Pages(blocks, self.context)
+        self.pages = Pages(blocks, self.context)
         self.experts = backend.Experts(
             self.runtime,
             layers=len(layers),
@@ -101,7 +102,29 @@ class Engine:
         return cls(Container.open(path), config or EngineConfig(), progress)
 
     def new_sequence(self) -> Sequence:
-        return Sequence(self._pages)
+        return Sequence(self.pages)
+
+    def set_memory(self, n_bytes: int) -> None:
+        """Change the budget of the whole process between two steps; what experts hold beyond it goes back at once, the least
+        valuable planes first.
+
+        Only the experts' share changes; it is all that is left then, whatever `expert_memory_bytes` was. MemoryBudgetError, and no
+        change, if it would not hold one expert.
+        """
+        record = self.container.record
+        least = self.budget.fixed + record.record_bytes
+        if n_bytes < least:
+            raise MemoryBudgetError(
+                f"{self.container.path.name}: a memory of {show_bytes(n_bytes)} is too small; the least that would do is "
+                f"{show_bytes(least)} as long as the model stays loaded"
+            )
+        experts = min(n_bytes - self.budget.fixed, record.record_bytes * self.ledger.layers * self.ledger.experts)
+        self.ledger.limit_bytes = experts
+        freed = self.ledger.make_room(0, 0, set()) or {}
+        if freed:
+            self.experts.evict(np.array([(layer, expert, bits) for (layer, expert), bits in freed.items()], np.int32))
+        self.experts.set_limit(experts)
+        self.budget = replace(self.budget, memory=n_bytes, experts=experts)
 
     def step(self, chunks: list[Chunk]) -> F32:
         """Append each chunk's tokens to its sequence; logits float32 [rows, vocab] of the rows asked for, in order.
@@ -182,6 +205,11 @@ class Engine:
             chunk.sequence.length += len(part)
         self.counters.tokens += at
         return out
+
+    def heat(self) -> npt.NDArray[np.float64]:
+        """float64 [MoE layers, experts]: how much each expert was wanted lately, see `Ledger.heat`."""
+        self._streamer.hear(self.decoder)
+        return self.ledger.heat()
 
     def describe(self) -> dict[str, Any]:
         """Facts for reports: kernel table, threads, storage path, how the budget is split (bytes)."""

@@ -12,10 +12,20 @@ from d2moe.runtime.request import Chunk, Completion, EngineLike, FinishReason, P
 from d2moe.runtime.sampling import SamplingParams, TokenLogprob
 from d2moe.runtime.streamer import Counters
 from d2moe.runtime.tokenizer import Tokenizer
-from d2moe.types import WIDTHS
+from d2moe.types import WIDTHS, ModelShape
 
 RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """Keys of generation_config.json that become defaults."""
+
+
+def end_tokens(shape: ModelShape, generation_config: Mapping[str, Any], tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that end an answer: those of config.json and generation_config.json; else the tokenizer's own."""
+    named = generation_config.get("eos_token_id")
+    listed = named if isinstance(named, list) else [named]
+    ids = {*shape.eos_ids, *(i for i in listed if isinstance(i, int))}
+    if not ids and tokenizer.eos_id is not None:
+        ids = {tokenizer.eos_id}
+    return frozenset(ids)
 
 
 @dataclass
@@ -57,13 +67,8 @@ class Model:
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """Tokens that end an answer: those of config.json and generation_config.json; else the tokenizer's own."""
-        named = self.generation_config.get("eos_token_id")
-        listed = named if isinstance(named, list) else [named]
-        ids = {*self.engine.shape.eos_ids, *(i for i in listed if isinstance(i, int))}
-        if not ids and self.tokenizer.eos_id is not None:
-            ids = {self.tokenizer.eos_id}
-        return frozenset(ids)
+        """Tokens that end an answer, see `end_tokens`."""
+        return end_tokens(self.engine.shape, self.generation_config, self.tokenizer)
 
     @property
     def defaults(self) -> dict[str, Any]:

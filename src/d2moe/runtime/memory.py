@@ -103,10 +103,17 @@ def cgroup_folders(controller: str, mounts: Path = Path("/sys/fs/cgroup"), own: 
     return found or [mounts / controller if controller else mounts]
 
 
-def kv_bytes(shape: ModelShape, kind: str, context: int, sequences: int) -> int:
-    """Bytes of the key/value cache when full; `kind` is "f16", or "q8" (a byte each, and a float32 scale per head)."""
+def kv_blocks(config: EngineConfig, context: int) -> int:
+    """Blocks of the key/value cache: at least a full context, at most one for every sequence."""
+    one = padded(context, BLOCK_TOKENS) // BLOCK_TOKENS
+    wanted = one * config.max_sequences if config.kv_tokens is None else -(-config.kv_tokens // BLOCK_TOKENS)
+    return min(max(wanted, one), one * config.max_sequences)
+
+
+def kv_bytes(shape: ModelShape, kind: str, tokens: int) -> int:
+    """Bytes of a full key/value cache of `tokens`; `kind` is "f16", or "q8" (a byte each, and a float32 scale per head)."""
     per_head = 4 * shape.head_dim if kind == "f16" else 2 * shape.head_dim + 8
-    return shape.layers * padded(context, BLOCK_TOKENS) * sequences * shape.kv_heads * per_head
+    return shape.layers * tokens * shape.kv_heads * per_head
 
 
 def scratch_bytes(shape: ModelShape, group: int, tokens: int, context: int, threads: int) -> int:
@@ -169,6 +176,11 @@ class Budget:
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
 
+    @property
+    def fixed(self) -> int:
+        """Bytes of all but the experts."""
+        return self.process + self.dense + self.kv + self.buffers + self.margin
+
 
 def split(
     config: EngineConfig,
@@ -186,13 +198,15 @@ def split(
 
     `dense`, `all_experts` (every record in full) and `one_expert` (a record in full) are bytes.
     """
-    process, kv = resident_bytes(), kv_bytes(shape, config.kv, context, config.max_sequences)
+    process, kv_tokens = resident_bytes(), kv_blocks(config, context) * BLOCK_TOKENS
+    kv = kv_bytes(shape, config.kv, kv_tokens)
 
     def buffers(chunk: int) -> int:
-        rows = 4 * chunk * (2 * shape.hidden + 3 * shape.top_k) + 4 * 4 * shape.vocab
+        rows = 4 * chunk * (2 * shape.hidden + 3 * shape.top_k) + 4 * (3 + config.max_sequences) * shape.vocab
         return rows + scratch_bytes(shape, group, chunk, context, threads)
 
-    fixed = process + dense + kv + MARGIN_BYTES
+    margin = MARGIN_BYTES + config.reserve_bytes
+    fixed = process + dense + kv + margin
     least = fixed + buffers(CHUNKS[-1]) + one_expert
     memory = config.memory_bytes
     if memory is None:
@@ -201,9 +215,9 @@ def split(
     if memory < least:
         raise MemoryBudgetError(
             f"{where}: a memory of {show_bytes(memory)} is too small; the least that would do is {show_bytes(least + 10**5)} "
-            f"(process {show_bytes(process)}, dense weights {show_bytes(dense)}, key/value cache for {context} tokens "
+            f"(process {show_bytes(process)}, dense weights {show_bytes(dense)}, key/value cache for {kv_tokens} tokens "
             f"{show_bytes(kv)}, buffers {show_bytes(buffers(CHUNKS[-1]))}, one expert {show_bytes(one_expert)}, margin "
-            f"{show_bytes(MARGIN_BYTES)}); a smaller context needs less"
+            f"{show_bytes(margin)}); a smaller context needs less"
         )
     chunk = config.chunk_tokens
     if chunk is None:
@@ -222,4 +236,4 @@ def split(
             f"{where}: {show_bytes(max(experts, 0))} are left for experts and one expert needs {show_bytes(one_expert)}; allow more "
             "memory, or a smaller context or chunk"
         )
-    return Budget(memory, process, dense, kv, buffers(chunk), MARGIN_BYTES, experts, chunk)
+    return Budget(memory, process, dense, kv, buffers(chunk), margin, experts, chunk)

@@ -18,6 +18,7 @@ from d2moe.runtime.sampling import Sampler, SamplingParams, TokenLogprob, logpro
 from d2moe.types import ModelShape
 
 if TYPE_CHECKING:
+    from d2moe.runtime.grammar import Grammar
     from d2moe.runtime.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "eos"]
@@ -110,7 +111,11 @@ def check_prompt(prompt: Sequence[int], vocab: int, context: int) -> list[int]:
 
 
 class Request:
-    """State of one answer. `pending` are the tokens to feed next; `finish_reason` is None until it ends."""
+    """State of one answer. `pending` are the tokens to feed next; `finish_reason` is None until it ends.
+
+    `limit` is the most tokens it may have. `grammar` limits the tokens that may be drawn; it is used up. `prompt_logprobs` is
+    filled by `score`.
+    """
 
     def __init__(
         self,
@@ -121,6 +126,7 @@ class Request:
         vocab: int,
         context: int,
         eos_ids: Collection[int],
+        grammar: Grammar | None = None,
     ):
         self.prompt = check_prompt(prompt, vocab, context)
         self.params = params
@@ -129,21 +135,38 @@ class Request:
         self.finish_reason: FinishReason | None = None
         # The last token drawn need not be fed, so a full context still gives one token.
         room = context - len(self.prompt) + 1
-        self._limit = room if params.max_tokens is None else min(params.max_tokens, room)
+        self.limit = room if params.max_tokens is None else min(params.max_tokens, room)
         self._eos = frozenset() if params.ignore_eos else frozenset(eos_ids)
         self._sampler = Sampler(params, self.prompt, vocab)
         self._decoder = tokenizer.stream()
         self._stops = StopText(params.stop)
+        self._grammar = grammar
+        self.prompt_logprobs: list[TokenLogprob] = []
+
+    def score(self, logits: npt.NDArray[np.float32], position: int) -> None:
+        """Note log-probabilities of prompt tokens from logits float32 [rows, vocab] after the tokens from `position` on.
+
+        Rows of tokens that were scored already are left out, as when a prompt had to be fed again.
+        """
+        if self.params.prompt_logprobs is None:
+            return
+        for row in range(max(0, len(self.prompt_logprobs) - position), len(logits)):
+            after = position + row + 1
+            if after < len(self.prompt):
+                self.prompt_logprobs.append(logprob(logits[row], self.prompt[after], self.params.prompt_logprobs))
 
     def accept(self, logits: npt.NDArray[np.float32]) -> Piece:
         """Draw the next token from logits float32 [vocab] after all `pending` tokens; sets `finish_reason`."""
-        token = self._sampler.sample(logits)
+        token = self._sampler.sample(logits, self._grammar.allowed() if self._grammar else None)
+        if self._grammar:
+            self._grammar.advance(token)
         scored = None if self.params.logprobs is None else logprob(logits, token, self.params.logprobs)
         self.tokens.append(token)
         self.pending = [token]
-        ends: FinishReason | None = (
-            "eos" if token in self._eos else "length" if len(self.tokens) >= self._limit else None
-        )
+        ends: FinishReason | None = "eos" if token in self._eos else None
+        complete = ends is None and self._grammar is not None and self._grammar.complete
+        if ends is None and (complete or len(self.tokens) >= self.limit):
+            ends = "stop" if complete else "length"
         # An end token is no part of the text even if the tokenizer does not call it special.
         text = "" if ends == "eos" else self._decoder.push(token)
         if ends:

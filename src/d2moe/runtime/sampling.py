@@ -4,12 +4,15 @@ Order and meaning are those of transformers' `generate` with the same numbers:
 
 1. repetition_penalty: the logit of every token of the prompt or the answer so far is divided by it if positive, else
    multiplied (CTRL, arXiv 1909.05858; llama.cpp's "repeat penalty" with an unlimited window)
-2. temperature: logits are divided by it; 0 is greedy, the first token of the highest logit, and skips the rest
+2. frequency_penalty times the number of times a token is in the answer so far, and presence_penalty if it is there at all,
+   are subtracted from its logit, and logit_bias is added (as in OpenAI's interface; transformers has none of them)
+3. tokens that a grammar does not allow are out
+4. temperature: logits are divided by it; 0 is greedy, the first token of the highest logit, and skips the rest
    (llama.cpp divides last instead, after the cuts)
-3. top_k: only the k highest logits stay (with any that equal the k-th)
-4. top_p: of what is left, the smallest set of the likeliest tokens with probability of at least p together
-5. min_p: of what is left, tokens at least min_p times as likely as the likeliest
-6. one token is drawn from what is left, in proportion
+5. top_k: only the k highest logits stay (with any that equal the k-th)
+6. top_p: of what is left, the smallest set of the likeliest tokens with probability of at least p together
+7. min_p: of what is left, tokens at least min_p times as likely as the likeliest
+8. one token is drawn from what is left, in proportion
 
 Log-probabilities are those of the model's own distribution: log-softmax of the logits before step 1.
 """
@@ -26,7 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2moe.errors import ConfigError, D2MoeError
+from d2moe.errors import ConfigError, D2MoeError, RequestError
 from d2moe.types import check_width
 
 try:
@@ -48,7 +51,9 @@ class SamplingParams:
 
     `max_tokens` None: until the model ends or the context is full. `seed` None: a fresh one each time. `stop`: text
     that ends the answer and is not part of it. `logprobs` n: log-probability of each token and of the n likeliest.
-    `bits` None: the engine's width. `ignore_eos`: the model's end tokens do not end the answer. The default is greedy.
+    `logit_bias`: (token, number added to its logit) pairs, or a mapping. `prompt_logprobs` n: the same as `logprobs` for the
+    tokens of the prompt. `bits` None: the engine's width. `ignore_eos`: the model's end tokens do not end the answer. The
+    default is greedy.
     """
 
     max_tokens: int | None = 256
@@ -57,9 +62,13 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = field(default=())
     seed: int | None = 0
     stop: tuple[str, ...] = field(default=())
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     bits: int | None = None
     ignore_eos: bool = False
 
@@ -75,8 +84,12 @@ class SamplingParams:
             )
         _number("min_p", self.min_p, 0.0, 1.0)
         _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _number("presence_penalty", self.presence_penalty, -100.0, 100.0)
+        _number("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         _whole("seed", self.seed, 0, 2**64 - 1, optional=True)
         _whole("logprobs", self.logprobs, 0, 100, optional=True)
+        _whole("prompt_logprobs", self.prompt_logprobs, 0, 100, optional=True)
         if self.bits is not None:
             check_width(self.bits)
         if not isinstance(self.ignore_eos, bool):
@@ -127,11 +140,21 @@ class Sampler:
         if params.repetition_penalty != 1.0:
             self._seen = np.zeros(vocab, np.bool_)
             self._seen[np.asarray(prompt, np.int64)] = True
+        self._counts: dict[int, int] | None = {} if params.presence_penalty or params.frequency_penalty else None
+        self._bias: tuple[I64, F32] | None = None
+        if params.logit_bias:
+            ids = np.array([token for token, _ in params.logit_bias], np.int64)
+            if ids.max() >= vocab:
+                raise RequestError(f"logit_bias names token {ids.max()}, the vocabulary has 0 to {vocab - 1}")
+            self._bias = ids, np.array([bias for _, bias in params.logit_bias], np.float32)
         self._random = SplitMix64(int.from_bytes(os.urandom(8), "little") if params.seed is None else params.seed)
 
-    def sample(self, logits: F32) -> int:
-        """One token id from logits float32 [vocab]; D2MoeError if they hold NaN or no finite value."""
+    def sample(self, logits: F32, allowed: npt.NDArray[np.bool_] | None = None) -> int:
+        """One token id from logits float32 [vocab], of those `allowed` bool [vocab] if given; D2MoeError if they hold NaN or no
+        finite value."""
         logits = self._penalised(logits)
+        if allowed is not None:
+            logits = np.where(allowed, logits, np.float32(-np.inf))
         if self.params.temperature == 0:
             token = int(np.argmax(logits))
             _check_finite(float(logits[token]))
@@ -142,21 +165,30 @@ class Sampler:
                 _check_finite(float(np.max(logits)))
         if self._seen is not None:
             self._seen[token] = True
+        if self._counts is not None:
+            self._counts[token] = self._counts.get(token, 0) + 1
         return token
 
     def _penalised(self, logits: F32) -> F32:
-        if self._seen is None:
+        if self._seen is None and not self._counts and self._bias is None:
             return logits
-        penalty = np.float32(self.params.repetition_penalty)
-        ids = np.flatnonzero(self._seen)
         changed: F32 = logits.copy()
-        some = changed[ids]
-        changed[ids] = np.where(some < 0, some * penalty, some / penalty)
+        if self._seen is not None:
+            penalty = np.float32(self.params.repetition_penalty)
+            ids = np.flatnonzero(self._seen)
+            some = changed[ids]
+            changed[ids] = np.where(some < 0, some * penalty, some / penalty)
+        if self._counts:
+            times = np.fromiter(self._counts.values(), np.float32, len(self._counts))
+            ids = np.fromiter(self._counts, np.int64, len(self._counts))
+            changed[ids] -= np.float32(self.params.presence_penalty) + np.float32(self.params.frequency_penalty) * times
+        if self._bias is not None:
+            changed[self._bias[0]] += self._bias[1]
         return changed
 
 
 def candidates(logits: F32, params: SamplingParams) -> tuple[I64 | None, F64]:
-    """Token ids that survive steps 2 to 5 and their relative weights (likeliest near 1); ids None means all, in order.
+    """Token ids that survive steps 4 to 7 and their relative weights (likeliest near 1); ids None means all, in order.
 
     Only tokens that could still be inside the top_p set are sorted: few, unless the distribution is nearly flat.
     """
@@ -217,6 +249,16 @@ def _check_finite(highest: float) -> None:
         raise D2MoeError(
             f'the model\'s logits are not finite (highest is {highest}); damaged weights? run "d2moe verify"'
         )
+
+
+def _biases(value: Any) -> tuple[tuple[int, float], ...]:
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else tuple(value or ())
+    for token, bias in pairs:
+        _whole("logit_bias, token,", token, 0, None)
+        _number(f"logit_bias of token {token}", bias, -100.0, 100.0)
+    if len({token for token, _ in pairs}) < len(pairs):
+        raise ConfigError("logit_bias names a token twice; give one number for each")
+    return tuple((int(token), float(bias)) for token, bias in pairs)
 
 
 def _stops(value: Any) -> tuple[str, ...]:

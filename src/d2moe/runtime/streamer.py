@@ -73,15 +73,15 @@ class Streamer:
         """Bring the step that was started to its end."""
         try:
             while (layer := decoder.run()) >= 0:
-                self._hear(decoder)
+                self.hear(decoder)
                 self._bring(decoder, layer, *decoder.choices(layer))
         except self._failure as error:
             raise StorageError(f'{error}; run "d2moe verify" on the model, and check the disk') from None
         self._silent_steps += 1
         if self._silent_steps >= SILENT_STEPS:
-            self._hear(decoder)
+            self.hear(decoder)
 
-    def _hear(self, decoder: Decoder) -> None:
+    def hear(self, decoder: Decoder) -> None:
         """Tell the ledger of the layers that went by with all their experts in memory; it need not know at once."""
         for first_layer, ids, bits in decoder.program.take_notes():
             self.ledger.touch(first_layer, ids, bits)

@@ -51,8 +51,11 @@ class Tokenizer:
         self._special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Read the tokenizer's files from the folder `path`; ContainerError names the file that is missing or bad."""
+    def load(cls, path: str | Path, template: str | None = None) -> Tokenizer:
+        """Read the tokenizer's files from the folder `path`; ContainerError names the file that is missing or bad.
+
+        `template` is used instead of the model's own chat template.
+        """
         folder = Path(path)
         file = folder / "tokenizer.json"
         if not file.is_file():
@@ -68,7 +71,8 @@ class Tokenizer:
         config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
         jinja = folder / "chat_template.jinja"
         try:
-            template = jinja.read_text("utf-8") if jinja.is_file() else _default_template(config.get("chat_template"))
+            if template is None:
+                template = jinja.read_text("utf-8") if jinja.is_file() else _default_template(config.get("chat_template"))
         except UnicodeDecodeError:
             raise ContainerError(f"{jinja} is not UTF-8 text; copy it from the source checkpoint again") from None
         return cls(backend, config, template, folder.name)
@@ -80,6 +84,11 @@ class Tokenizer:
     @property
     def eos_id(self) -> int | None:
         return self._id("eos_token")
+
+    @property
+    def template(self) -> str | None:
+        """The chat template, in Jinja's language."""
+        return self._template
 
     @property
     def has_chat(self) -> bool:
@@ -135,6 +144,10 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of `chat_text`; the template writes the special tokens itself, so none are added."""
         return self.encode(self.chat_text(messages, add_generation_prompt, **variables), add_special=False)
+
+    def is_token(self, text: str) -> bool:
+        """True if exactly `text` is one token."""
+        return self.backend.token_to_id(text) is not None
 
     def is_byte(self, token: int) -> bool:
         """True for a byte token of a vocabulary with byte fallback, as <0xE2>."""

@@ -1,0 +1,272 @@
+"""The server under load, beside the engine alone: needs the extra serve, and httpx.
+
+    python benchmarks/serve.py load --seconds 120            random clients; some cancel, some hang up; every text is checked
+    python benchmarks/serve.py speed --folder /tmp            1 answer and 16 at once, experts in memory and streamed at half
+    python benchmarks/serve.py gaps --folder /tmp             time between tokens while long prompts arrive
+    python benchmarks/serve.py overhead --folder /tmp         streamed over HTTP beside the engine in one process
+
+`--folder` holds a model of random weights (12 layers of 64 experts, 1.3 GB), made on the spot; without it the built-in model is
+used, whose steps are so short that the server shows more than with any model of use. Each command ends with one JSON line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import httpx
+import numpy as np
+
+import d2moe
+from d2moe.convert.synthetic import OLMOE_1B_7B, synthesise
+from d2moe.runtime.config import parse_bytes
+
+SHAPE = OLMOE_1B_7B | {"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 512, "num_hidden_layers": 12, "eos_token_id": 0}
+FOLDER = click.option("--folder", type=click.Path(path_type=Path, exists=True), help="Where the model is made and kept.")
+RESIDENT = "d2moe_resident_bytes"
+
+
+def model_in(folder: Path | None) -> Path:
+    if folder is None:
+        return d2moe.builtin_model()
+    path = folder / "served.d2moe"
+    if not path.exists():
+        click.echo(f"making {path} …", err=True)
+        synthesise(path, SHAPE, d2moe.builtin_model() / "tokenizer.json")
+    return path
+
+
+@contextlib.contextmanager
+def server(path: Path, *options: str) -> Iterator[str]:
+    command = [sys.executable, "-m", "d2moe", "serve", str(path), "--port", "0", "--name", "m", "--log", "off", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        found = re.search(r"http://[\d.:]+", line)
+        if not found:
+            raise SystemExit(line + process.stderr.read())
+        click.echo(line.strip(), err=True)
+        try:
+            yield found[0]
+        finally:
+            process.terminate()
+            process.wait()
+
+
+async def answer(client: httpx.AsyncClient, body: dict[str, Any], tokens: int | None = None) -> tuple[str, list[float]]:
+    """Text and arrival times of the pieces of a streamed completion; hangs up after `tokens` pieces."""
+    text, times = "", []
+    async with client.stream("POST", "/v1/completions", json={"model": "m", "stream": True, "ignore_eos": True, **body}) as response:
+        if response.status_code != 200:
+            raise RuntimeError(f"{response.status_code}: {await response.aread()!r}")
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line[6:])
+            if "error" in event:
+                raise RuntimeError(event["error"]["message"])
+            text += event["choices"][0]["text"]
+            times.append(time.perf_counter())
+            if tokens is not None and len(times) >= tokens:
+                break
+    return text, times
+
+
+def client_for(url: str) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None))
+
+
+def figure(metrics: str, name: str) -> float:
+    found = re.search(rf"^{name} (\S+)$", metrics, re.M)
+    return float(found[1]) if found else float("nan")
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+@main.command()
+@FOLDER
+@click.option("--seconds", default=120.0, show_default=True)
+@click.option("--clients", default=32, show_default=True)
+@click.option("--memory", default="220MB", show_default=True)
+def load(folder: Path | None, seconds: float, clients: int, memory: str) -> None:
+    rng = np.random.default_rng()
+    wishes = []
+    for _ in range(40):
+        prompt = rng.integers(1, 4096, int(rng.integers(1, 400))).tolist()
+        body = {"prompt": prompt, "max_tokens": int(rng.integers(1, 120)), "seed": int(rng.integers(1000)), "temperature": 0.8}
+        wishes.append({**body, "bits": int(rng.choice([2, 3, 4, 8]))})
+    path = model_in(folder)
+    with d2moe.load(path, context=1024) as model:
+        expected = []
+        for wish in wishes:
+            values = {k: v for k, v in wish.items() if k != "prompt"}
+            expected.append(model.generate(wish["prompt"], ignore_eos=True, **values).text)
+    counts = dict.fromkeys(("whole", "hung_up", "failed", "wrong"), 0)
+    resident: list[float] = []
+
+    async def one(client: httpx.AsyncClient, end: float, seed: int) -> None:
+        mine = np.random.default_rng(seed)
+        while time.monotonic() < end:
+            await asyncio.sleep(float(mine.exponential(0.2)))
+            index = int(mine.integers(len(wishes)))
+            stop = int(mine.integers(1, 20)) if mine.random() < 0.25 else None
+            try:
+                text, times = await answer(client, wishes[index], stop)
+            except Exception as error:
+                counts["failed"] += 1
+                click.echo(f"failed: {error}", err=True)
+                continue
+            if stop is not None and len(times) >= stop:
+                counts["hung_up"] += 1
+                counts["wrong"] += not expected[index].startswith(text)
+            else:
+                counts["whole"] += 1
+                counts["wrong"] += text != expected[index]
+
+    async def watch(client: httpx.AsyncClient, end: float) -> str:
+        while True:
+            text = (await client.get("/metrics")).text
+            resident.append(figure(text, RESIDENT))
+            if time.monotonic() > end:
+                return text
+            left = max(0, int(end - time.monotonic()))
+            click.echo(f"{counts['whole']} whole, {counts['hung_up']} hung up, {resident[-1] / 1e6:.1f} MB, {left} s left", err=True)
+            await asyncio.sleep(min(5.0, max(0.1, end - time.monotonic())))
+
+    async def run(url: str) -> str:
+        async with client_for(url) as client:
+            end = time.monotonic() + seconds
+            seeds = [int(s) for s in rng.integers(1 << 31, size=clients)]
+            done = await asyncio.gather(watch(client, end), *(one(client, end, seed) for seed in seeds))
+            return str(done[0])
+
+    with server(path, "--memory", memory, "--context", "1024") as url:
+        metrics = asyncio.run(run(url))
+        free = httpx.get(f"{url}/metrics").text
+    warm = resident[len(resident) // 4 :]
+    facts = {
+        **counts,
+        "memory_bytes": parse_bytes(memory),
+        "most_resident_bytes": max(resident),
+        "drift": max(warm) / min(warm) - 1 if warm else 0.0,
+        "tokens_per_s": figure(metrics, "d2moe_tokens_total") / seconds,
+        "hit_rate": figure(metrics, "d2moe_expert_hit_rate"),
+        "kv_blocks_left": figure(free, "d2moe_kv_blocks") - figure(free, "d2moe_kv_blocks_free"),
+    }
+    print(json.dumps(facts))
+
+
+async def together(url: str, count: int, tokens: int, seed: int) -> float:
+    """Tokens a second of `count` answers at once, from the first token of the last to begin to the end of the first to end."""
+    rng = np.random.default_rng(seed)
+    async with client_for(url) as client:
+        bodies = [{"prompt": rng.integers(1, 4096, 8).tolist(), "max_tokens": tokens, "temperature": 1.0, "seed": i} for i in range(count)]
+        all_times = [times for _, times in await asyncio.gather(*(answer(client, body) for body in bodies))]
+    begin, end = max(t[0] for t in all_times), min(t[-1] for t in all_times)
+    return sum(begin < at <= end for times in all_times for at in times) / (end - begin)
+
+
+@main.command()
+@FOLDER
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--tokens", default=60, show_default=True)
+def speed(folder: Path | None, rounds: int, tokens: int) -> None:
+    path = model_in(folder)
+    out: dict[str, Any] = {}
+    with d2moe.load(path, context=512) as model:
+        half = model.engine.ledger.prefix_bytes[4] * model.engine.ledger.layers * model.engine.ledger.experts // 2
+    for name, options in (("in memory", ()), ("streamed", ("--expert-memory", str(half)))):
+        with server(path, "--context", "512", *options) as url:
+            asyncio.run(together(url, 16, 40, 0))  # the first fills the slots
+            pairs = [[asyncio.run(together(url, count, tokens, 1 + r)) for count in (1, 16)] for r in range(rounds)]
+        one, many = (float(np.median([p[i] for p in pairs])) for i in range(2))
+        out[name] = {"batch_1": one, "batch_16": many, "ratio": many / one}
+        click.echo(f"{name}: {one:.1f} tokens/s alone, {many:.1f} of 16 together, {many / one:.1f} times", err=True)
+    print(json.dumps(out))
+
+
+@main.command()
+@FOLDER
+@click.option("--seconds", default=30.0, show_default=True)
+@click.option("--answers", default=4, show_default=True)
+def gaps(folder: Path | None, seconds: float, answers: int) -> None:
+    rng = np.random.default_rng()
+
+    async def run(url: str, with_prompts: bool) -> dict[str, float]:
+        async with client_for(url) as client:
+            end = time.monotonic() + seconds
+
+            async def write(seed: int) -> list[float]:
+                found: list[float] = []
+                while time.monotonic() < end:
+                    body = {"prompt": [seed + 1], "max_tokens": 200, "temperature": 1.0, "seed": seed}
+                    _, times = await answer(client, body)
+                    found += np.diff(times).tolist()
+                return found
+
+            async def prompts() -> list[float]:
+                while with_prompts and time.monotonic() < end:
+                    await answer(client, {"prompt": rng.integers(1, 4096, 800).tolist(), "max_tokens": 1})
+                    await asyncio.sleep(float(rng.exponential(1.0)))
+                return []
+
+            rows = await asyncio.gather(*(write(i) for i in range(answers)), prompts())
+            found = 1000 * np.array([gap for row in rows for gap in row])
+            median, p99 = float(np.median(found)), float(np.quantile(found, 0.99))
+            return {"median_ms": median, "p99_ms": p99, "ratio": p99 / median, "max_ms": float(found.max()), "tokens": len(found)}
+
+    with server(model_in(folder), "--context", "1024") as url:
+        asyncio.run(together(url, 16, 40, 0))  # the first fills the slots
+        httpx.post(f"{url}/v1/completions", json={"model": "m", "prompt": [7] * 800, "max_tokens": 1}, timeout=600)
+        out = {name: asyncio.run(run(url, with_prompts)) for name, with_prompts in (("answers_alone", False), ("with_prompts", True))}
+    print(json.dumps(out))
+
+
+@main.command()
+@FOLDER
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--tokens", default=100, show_default=True)
+def overhead(folder: Path | None, rounds: int, tokens: int) -> None:
+    path = model_in(folder)
+    body = {"prompt": [5, 6, 7], "max_tokens": tokens, "temperature": 1.0, "seed": 1}
+
+    outside: list[float] = []
+
+    async def served(url: str) -> float:
+        async with client_for(url) as client:
+            before = figure((await client.get("/metrics")).text, "d2moe_engine_seconds_total")
+            begin = time.perf_counter()
+            _, times = await answer(client, body)
+            steps_s = figure((await client.get("/metrics")).text, "d2moe_engine_seconds_total") - before
+        outside.append(1 - steps_s / (times[-1] - begin))
+        return (len(times) - 1) / (times[-1] - times[0])
+
+    def alone(model: Any) -> float:
+        values = {k: v for k, v in body.items() if k != "prompt"}
+        model.generate(body["prompt"], ignore_eos=True, **values)
+        return float(model.last.generation_tokens_per_s)
+
+    with d2moe.load(path, context=512) as model, server(path, "--context", "512") as url:
+        alone(model), asyncio.run(served(url))
+        pairs = [(alone(model), asyncio.run(served(url))) for _ in range(rounds)]
+    engine, http = (float(np.median([p[i] for p in pairs])) for i in range(2))
+    shares = sorted(1 - h / e for e, h in pairs)
+    spread = {"overhead": shares[len(shares) // 2], "low": shares[0], "high": shares[-1]}
+    # Of the whole time from request to last token, what the engine's steps did not take: drawing, sending, waiting for a CPU.
+    print(json.dumps({"engine": engine, "served": http, **spread, "outside_steps": float(np.median(outside[1:]))}))
+
+
+if __name__ == "__main__":
+    main()

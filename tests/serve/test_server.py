@@ -1,0 +1,300 @@
+"""Limits, disconnects, keys, live control and the command itself, over real connections."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from serving import serving, wait_idle
+
+from d2moe.errors import StorageError
+from d2moe.runtime.generate import Model
+from d2moe.serve.gate import Guard
+from d2moe.serve.service import Limits
+
+LONG: dict[str, Any] = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 1900, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[SimpleNamespace]:
+    """Two answers at once, one may wait."""
+    with serving(Limits(queue=1, tokens=2000, body_bytes=20_000), max_sequences=2) as one:
+        yield one
+
+
+def post(server: SimpleNamespace, path: str = "/v1/completions", **values: Any) -> httpx.Response:
+    return server.http.post(path, json={"model": "tiny", "prompt": "a", "max_tokens": 2, **values})  # type: ignore[no-any-return]
+
+
+def refused(response: httpx.Response, status: int, words: str) -> None:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert re.search(words, error["message"]), error
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+@contextlib.contextmanager
+def begun(server: SimpleNamespace, stream: bool, body: dict[str, Any] = LONG) -> Iterator[socket.socket]:
+    """A connection on which a long answer has been asked for; it is closed at the end."""
+    address = server.url.removeprefix("http://").split(":")
+    data = json.dumps({**body, "stream": stream}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    with socket.create_connection((address[0], int(address[1])), timeout=20) as connection:
+        connection.sendall(head.encode() + data)
+        yield connection
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_disconnect_frees_everything(small: SimpleNamespace, stream: bool) -> None:
+    worker, pages = small.service.worker, small.service.engine.pages
+    with begun(small, stream) as connection:
+        if stream:
+            assert b"data: " in connection.recv(4096) + connection.recv(4096)
+        while not worker.running:
+            time.sleep(0.002)
+        (job,) = worker._scheduler.running
+    wait_idle(small)
+    assert job.cancelled and len(job.request.tokens) < 1900, "it ended early"
+    assert pages.available == pages.blocks
+
+
+def test_a_silent_stream_gives_signs_of_life(small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2moe.serve.stream.PING_S", 0.005)
+    step = small.service.engine.step
+    monkeypatch.setattr(small.service.engine, "step", lambda chunks: (time.sleep(0.03), step(chunks))[1])
+    lines = post(small, stream=True, max_tokens=3, ignore_eos=True).text.strip().split("\n\n")
+    assert lines.count(": at work") >= 3 and sum(line.startswith("data: {") for line in lines) == 3 and lines[-1] == "data: [DONE]"
+
+
+def test_a_full_queue_says_when_to_come_back(small: SimpleNamespace) -> None:
+    worker = small.service.worker
+    with contextlib.ExitStack() as connections:
+        for _ in range(3):
+            connections.enter_context(begun(small, True))
+        while worker.live < 3 or worker.running < 2:
+            time.sleep(0.002)
+        response = post(small)
+        refused(response, 429, "3 requests are running or waiting, of 3 that may")
+        assert 1 <= int(response.headers["retry-after"]) <= 60
+        assert small.http.get("/health").json() == {"status": "ok", "running": 2, "waiting": 1}
+    wait_idle(small)
+    assert post(small).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"max_token": 3}, "^max_token: unknown field"), ({"bits": 2.5}, "bits is 2.5, expected a whole number from 2 to 8"),
+        ({"bits": 9}, "^bits: .*less than or equal to 8"), ({"quality": "best", "bits": 3}, "not both"), ({"quality": "good"}, "quality"),
+        ({"prompt": ""}, "prompt is empty"), ({"prompt": []}, "prompt is empty"), ({"prompt": [[]]}, "prompt is empty"),
+        ({"prompt": [1, 4096]}, "token 4096"), ({"prompt": "\ud800"}, "not valid Unicode"), ({"prompt": [5] * 2049}, "has 2,049 tokens"),
+        ({"max_tokens": 2001}, "2,001 tokens are more than this server gives"), ({"temperature": -1}, "temperature"),
+        ({"n": 17}, "^n: "), ({"logit_bias": {"x": 1}}, "logit_bias"), ({"stop": [""]}, "stop"),
+        ({"stop": "x" * 1001}, "^stop.*1000"), ({"best_of": 2}, "best_of"),
+        ({"prompt": ["a"] * 4}, "4 answers in one request, at most 3 may run and wait"), ({"prompt": ["a"] * 300}, "300 prompts"),
+        ({"seed": "x"}, "seed"), ({"\ud800": 1}, "unicode"), ({"prompt": {"a": 1}}, "prompt"), ({"stream": 7}, "stream"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_served_is_a_clear_400(small: SimpleNamespace, values: dict[str, Any], words: str) -> None:
+    body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 2, **values})
+    refused(small.http.post("/v1/completions", content=body, headers={"content-type": "application/json"}), 400, words)
+
+
+def test_bodies_that_are_no_requests(small: SimpleNamespace) -> None:
+    def send(content: Any, kind: str = "application/json") -> httpx.Response:
+        return small.http.post("/v1/completions", content=content, headers={"content-type": kind})  # type: ignore[no-any-return]
+
+    refused(send(b"{"), 400, "JSON")
+    refused(send(b"[" * 9000), 400, "")
+    refused(send(b'{"model": "tiny", "prompt": "a"}', "text/plain"), 400, "")
+    refused(send(b'{"model": "tiny", "prompt": "a", "temperature": NaN}'), 400, "temperature")
+    refused(send(b"x" * 20_001), 413, "more than the 20,000 bytes")
+    refused(send(iter([b" " * 15_000, b" " * 15_000])), 413, "more than the 20,000 bytes")  # no length in the header
+    refused(small.http.get("/nothing/../../etc/passwd"), 404, "Not Found")
+    refused(small.http.get("/v1/completions"), 405, "Not Allowed")
+
+
+def test_chat_refusals(small: SimpleNamespace) -> None:
+    def chat(**values: Any) -> httpx.Response:
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2, **values}
+        return small.http.post("/v1/chat/completions", json=body)  # type: ignore[no-any-return]
+
+    assert chat().status_code == 200
+    image = [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]
+    refused(chat(messages=[{"role": "user", "content": image}]), 400, "content")
+    refused(chat(messages=[]), 400, "messages")
+    refused(chat(max_completion_tokens=3), 400, "not both")
+    refused(chat(tool_choice="required"), 400, "no tools")
+    refused(chat(chat_template_kwargs={"messages": []}), 400, "must not hold messages")
+    refused(chat(response_format={"type": "json_schema"}), 400, "needs json_schema")
+    with serving(template=None) as plain:
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
+        refused(plain.http.post("/v1/chat/completions", json=body), 400, "has no chat template")
+
+
+def test_memory_goes_down_and_up_while_answers_run(small: SimpleNamespace, alone: Model) -> None:
+    wish = {"prompt": "The dog and the cat", "max_tokens": 150, "temperature": 0.8, "bits": 8, "ignore_eos": True}
+    expected = [alone.generate(seed=seed, **wish).text for seed in range(2)]
+    found: dict[int, str] = {}
+
+    def ask(seed: int) -> None:
+        found[seed] = post(small, seed=seed, **wish).json()["choices"][0]["text"]
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    state = small.http.get("/admin/state").json()
+    whole, least = state["memory_bytes"], state["least_memory_bytes"]
+    rng = np.random.default_rng()
+    while any(thread.is_alive() for thread in threads):
+        budget = int(rng.integers(least, least + 4_000_000))
+        now = small.http.post("/admin/memory", json={"memory": budget}).json()
+        assert now["memory_bytes"] == budget and now["expert_bytes"] <= now["expert_budget_bytes"] < 5_000_000
+        time.sleep(0.02)
+    assert [found[seed] for seed in range(2)] == expected
+    refused(small.http.post("/admin/memory", json={"memory": least - 1}), 400, "least that would do")
+    refused(small.http.post("/admin/memory", json={"memory": "much"}), 400, "memory is 'much', expected a number of bytes")
+    assert small.http.post("/admin/memory", json={"memory": whole}).json()["memory_bytes"] == whole
+
+
+def test_the_default_width_can_change(small: SimpleNamespace) -> None:
+    assert small.http.post("/admin/defaults", json={"bits": 3}).json()["default_bits"] == 3
+    assert post(small).json()["usage"]["bits"] == 3
+    refused(small.http.post("/admin/defaults", json={"bits": 3.5}), 400, "whole number")
+    assert small.http.post("/admin/defaults", json={"bits": 4}).json()["default_bits"] == 4
+    state = small.http.get("/admin/state").json()
+    widths = {int(d) for row in state["planes"] for d in row}
+    assert len(state["planes"]) == len(state["heat"]) == len(state["layers"]) == 4 and widths <= {0, 2, 3, 4, 5, 6, 7, 8}
+    assert max(int(d) for row in state["heat"] for d in row) > 3, "the experts of the last answer are hot"
+
+
+def test_metrics_count_what_happened(small: SimpleNamespace) -> None:
+    def read() -> dict[str, float]:
+        text = small.http.get("/metrics").text
+        return {f"{s.name}{sorted(s.labels.items())}": s.value for f in text_string_to_metric_families(text) for s in f.samples}
+
+    before = read()
+    post(small, max_tokens=7, bits=3, ignore_eos=True, prompt=[5] * 100)
+    post(small, max_tokens=1, bits=3, ignore_eos=True, prompt=[5] * 100)
+    after = read()
+
+    def rose(name: str, labels: str = "[]") -> float:
+        return after[f"d2moe_{name}{labels}"] - before.get(f"d2moe_{name}{labels}", 0)
+
+    assert rose("generated_tokens_total", "[('bits', '3')]") == 8 and rose("prompt_tokens_total", "[('bits', '3')]") == 200
+    assert rose("prompt_tokens_reused_total") == 64 and rose("requests_total", "[('outcome', 'length')]") == 2
+    assert rose("time_to_first_token_seconds_count") == 2 and rose("time_per_token_seconds_count") == 6
+    assert rose("tokens_total") == 100 + 6 + 36 and rose("steps_total") == 8 == rose("step_seconds_count")
+    assert after["d2moe_resident_bytes[]"] > 5e7 and 0 < after["d2moe_expert_hit_rate[]"] < 1
+    assert sum(v for k, v in after.items() if k.startswith("d2moe_plane_resident_bytes")) == after["d2moe_expert_resident_bytes[]"]
+
+
+def test_a_failed_read_is_a_500_and_the_next_request_works(small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = small.service.engine
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "step", lambda chunks: (_ for _ in ()).throw(StorageError("/secret/layer-000: the file ends")))
+        refused(post(small), 500, "^the engine failed; the server's log says more$")
+        events = post(small, stream=True).text.strip().split("\n\n")
+        assert "engine failed" in json.loads(events[-2].removeprefix("data: "))["error"]["message"] and events[-1] == "data: [DONE]"
+    assert post(small).status_code == 200
+
+
+def test_ids_headers_and_hosts(small: SimpleNamespace) -> None:
+    response = small.http.get("/health", headers={"x-request-id": "mine-1"})
+    assert response.headers["x-request-id"] == "mine-1" and "default-src 'self'" in response.headers["content-security-policy"]
+    assert re.fullmatch("[0-9a-f]{32}", small.http.get("/health", headers={"x-request-id": "no spaces"}).headers["x-request-id"])
+    refused(small.http.get("/v1/models", headers={"host": "evil.example"}), 421, "this server answers to")
+    done = post(small)
+    assert done.json()["id"] == f"cmpl-{done.headers['x-request-id']}"
+
+
+def test_a_key_is_asked_for() -> None:
+    with serving(guard=Guard(api_key="s3cret")) as server:
+        for path in ("/v1/models", "/metrics", "/admin/state", "/openapi.json"):
+            for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "s3cret"}):
+                refused(server.http.get(path, headers=headers), 401, "API key is missing or wrong")
+            assert server.http.get(path, headers={"authorization": "Bearer s3cret"}).status_code == 200
+        for path in ("/", "/health", "/page/page.js", "/page/page.css"):
+            assert server.http.get(path).status_code == 200
+
+
+def test_admin_is_for_this_machine_without_a_key(small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2moe.serve.gate.is_loopback", lambda host: False)
+    refused(small.http.get("/admin/state"), 403, "own machine only")
+    refused(small.http.post("/admin/memory", json={"memory": "1GB"}), 403, "own machine only")
+    assert small.http.get("/v1/models").status_code == 200
+
+
+def test_a_stop_lets_answers_end() -> None:
+    with serving() as server, begun(server, True, {**LONG, "max_tokens": 300}) as connection:
+        while not server.service.worker.running:
+            time.sleep(0.002)
+        server.stop()
+        data = b""
+        while part := connection.recv(65536):
+            data += part
+            if b"[DONE]" in data:
+                break
+        assert data.count(b'"finish_reason": "length"') == 1 and b"[DONE]" in data
+
+
+def test_answers_that_take_too_long_are_told_of_the_end() -> None:
+    with serving(Limits(drain_s=0.2)) as server, begun(server, True) as first, begun(server, False) as second:
+        while server.service.worker.running < 2:
+            time.sleep(0.002)
+        server.stop()
+        streamed, whole = (b"".join(iter(lambda c=c: c.recv(65536), b"")) for c in (first, second))  # type: ignore[misc]
+    assert b"stopped before the answer ended" in streamed
+    assert b"[DONE]" in streamed and whole.startswith(b"HTTP/1.1 503 ") and b"stopped before the answer ended" in whole
+
+
+def test_the_command(tmp_path: Any) -> None:
+    command = [sys.executable, "-m", "d2moe", "serve"]
+    environment = {**os.environ, "D2MOE_API_KEY": "k"}
+    with subprocess.Popen(
+        [*command, "builtin", "--memory", "280MB", "--port", "0", "--log", "json"], stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stderr is not None
+        banner = process.stderr.readline()
+        url = re.search(r"qwen3moe-14m at (http://127.0.0.1:\d+)/ \(memory 280.0 MB", banner)
+        assert url, banner
+        body = {"model": "qwen3moe-14m", "prompt": "Once", "max_tokens": 5, "seed": 1}
+        response = httpx.post(f"{url[1]}/v1/completions", json=body, headers={"authorization": "Bearer k"}, timeout=30)
+        assert response.status_code == 200 and response.json()["usage"]["completion_tokens"] == 5
+        peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())[1])  # type: ignore[index]
+        assert peak * 1024 <= 280_000_000
+        taken = subprocess.run(
+            [*command, "builtin", "--port", url[1].split(":")[-1]], capture_output=True, text=True, check=False, timeout=60
+        )
+        assert taken.returncode == 1 and re.fullmatch(r"error: cannot listen on 127.0.0.1 port \d+: .*; choose another.*\n", taken.stderr)
+        process.send_signal(signal.SIGINT)
+        lines = process.stderr.read().splitlines()
+        assert process.wait(20) == 0
+    (line,) = [json.loads(text) for text in lines if "/v1/completions" in text]
+    assert line["status"] == 200 and line["generated_tokens"] == 5 and line["request_id"] in response.json()["id"]
+    assert "Once" not in "".join(lines), "the log holds no text of users"
+    bare = "import sys; sys.modules['uvicorn'] = None; from d2moe.cli import main; sys.exit(main(['serve', 'builtin']))"
+    out = subprocess.run([sys.executable, "-c", bare], capture_output=True, text=True, check=False, timeout=60)
+    assert out.returncode == 1 and out.stderr.endswith("which the server needs; run: pip install 'd2moe[serve]'\n")
+    for arguments, words in (
+        (["/nowhere"], "nowhere"), (["builtin", "--memory", "60MB"], "least that would do"),
+        (["builtin", "--chat-template", str(tmp_path / "t")], "t"), (["builtin", "--host", "256.1.1.1"], "cannot listen"),
+    ):  # fmt: skip
+        out = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, timeout=60)
+        assert out.returncode in (1, 2) and words in out.stderr and "Traceback" not in out.stderr, out.stderr
