@@ -254,6 +254,30 @@ struct PyProgram {
     return out;
   }
 
+  void pause(const std::string& when) {
+    using Pause = Program::Pause;
+    expect(when == "missing" || when == "watch" || when == "decide", "a program pauses where experts are missing, to watch or to decide");
+    program.pause(when == "missing" ? Pause::missing : when == "watch" ? Pause::watch : Pause::decide);
+  }
+
+  void choose(In<int32_t> widths, std::optional<In<float>> gates) {
+    const int64_t pairs = program.waiting() * program.shape().top_k;
+    expect_size(widths, pairs, "bits");
+    if (gates) expect_size(*gates, pairs, "gates");
+    for (int64_t i = 0; i < pairs; ++i) {
+      const int32_t b = widths.data()[i];
+      expect(b == 0 || (b >= kBaseBits && b <= kMaxBits), "bits are from 2 to 8, or 0");
+    }
+    program.choose(widths.data(), gates ? gates->data() : nullptr);
+  }
+
+  // A copy of float32 [waiting, cols].
+  static auto copied(const float* data, int64_t rows, int64_t cols) {
+    auto* kept = new std::vector<float>(data, data + rows * cols);
+    nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<float>*>(p); });
+    return nb::ndarray<nb::numpy, float, nb::c_contig>(kept->data(), {size_t(rows), size_t(cols)}, owner);
+  }
+
   void logits(Array<float> out) {
     expect_room(out, program.rows() * program.shape().vocab, "out");
     nb::gil_scoped_release free;
@@ -335,6 +359,11 @@ NB_MODULE(_native, m) {
       .def("run", &PyProgram::run)
       .def("compute", &PyProgram::compute)
       .def("take_notes", &PyProgram::take_notes)
+      .def("pause", &PyProgram::pause, "when"_a)
+      .def("choose", &PyProgram::choose, "bits"_a, "gates"_a.none() = nb::none())
+      .def_prop_ro("held", [](const PyProgram& p) { return p.program.held(); })
+      .def_prop_ro("gates", [](const PyProgram& p) { return p.copied(p.program.gates(), p.program.waiting(), p.program.shape().top_k); }, nb::rv_policy::automatic)
+      .def_prop_ro("hidden", [](const PyProgram& p) { return p.copied(p.program.hidden(), p.program.waiting(), p.hidden); }, nb::rv_policy::automatic)
       .def("logits", &PyProgram::logits)
       .def("abandon", [](PyProgram& p) { p.program.abandon(); }, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("wanted_bytes", [](const PyProgram& p) { return p.program.wanted_bytes(); })

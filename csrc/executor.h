@@ -47,7 +47,7 @@ public:
   // Starts reading planes so that the expert has `bits`; returns at once.
   void read(int64_t layer, int64_t expert, int bits);
 
-  // One layer's experts on `tokens` rows of h; begin, then any number of compute waves, then finish.
+  // One layer's experts on `tokens` rows of h; begin, then any number of compute waves, then finish. Choices of 0 bits are left out.
   void begin(int64_t layer, int64_t tokens, int64_t top_k, const float* h, const int32_t* ids, const int32_t* bits);
   // Computes the pairs of the given experts (all if count is 0): what is resident first, then as reads arrive.
   void compute(const int32_t* experts, int64_t count);

@@ -28,5 +28,9 @@ class StorageError(D2MoeError):
     """Reading or writing failed: I/O error, short read, disk full."""
 
 
+class TraceError(D2MoeError):
+    """A recorded trace is corrupt, of another version, or of another model than it is used with."""
+
+
 class RequestError(D2MoeError):
     """A request cannot be served: empty prompt, prompt longer than the context, a width outside the file."""

@@ -71,6 +71,8 @@ commands = Table(
         "verify": "d2moe.cli.files:verify",
         "eval": "d2moe.cli:evaluate",
         "bench": "d2moe.cli.measure:bench",
+        "trace": "d2moe.cli.laboratory:trace",
+        "simulate": "d2moe.cli.laboratory:simulate",
         "version": "d2moe.cli:version",
     },
     name="d2moe",

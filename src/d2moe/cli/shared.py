@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from d2moe.errors import ConfigError, ContainerError, RequestError
+from d2moe.policy import POLICIES
 from d2moe.types import BASE_BITS, MAX_BITS
 
 if TYPE_CHECKING:
@@ -34,6 +35,12 @@ ENGINE_OPTIONS = [
         type=click.Choice(["f16", "q8"]),
         help="Keys and values in two bytes each or in one: half the memory, faster on long contexts [default: f16].",
     ),
+    click.option(
+        "--policy",
+        type=click.Choice(list(POLICIES)),
+        help="Which experts are read, kept and computed; see docs/policies.md [default: hebf].",
+    ),
+    click.option("--learn", metavar="TRACE", help="A trace that the policy may learn from beforehand (d2moe trace)."),
     click.option("--threads", type=click.IntRange(min=1), help="Threads [default: all CPUs this process may use]."),
 ]
 
@@ -44,6 +51,9 @@ CONTEXT_OPTION = click.option(
     metavar="TOKENS",
     help="Tokens a sequence may hold [default: the model's, to 4096].",
 )
+
+ENGINE_NAMES = ("memory", "expert_memory", "bits", "dense_bits", "kv", "policy", "learn", "threads", "context")
+"""Parameters that `ENGINE_OPTIONS` and `CONTEXT_OPTION` give to a command."""
 
 
 def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ together when all tokens ask for the same width.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from d2moe.types import BASE_BITS, MAX_BITS
 
 I32 = npt.NDArray[np.int32]
+F64 = npt.NDArray[np.float64]
 
 HALF_LIFE = 128
 """Layer calls after which a demand counts half; the best of 1 to 65536 within 0.3 points of hit rate (docs/log.md)."""
@@ -42,6 +44,9 @@ class Ledger:
         self._now = 0
         self._noted: list[tuple[int, I32, I32]] = []
         self._victims: deque[tuple[int, float]] = deque()
+        self.rank: Callable[[int], F64] | None = None
+        """A policy's own order: what each expert [layers, experts] is worth while a layer is planned. The least goes first, whole;
+        infinite stays."""
         # Among equal values the higher plane goes first.
         self._tie = np.arange(SEGMENTS) * -1e-9
 
@@ -50,6 +55,8 @@ class Ledger:
         widths `bits` [tokens, top_k]; both are kept and must not change. A plane that several tokens of a call want counts
         once. Worked into the values when
         they are next asked for: most steps find all in memory and never ask."""
+        if self.rank is not None:  # the policy keeps its own account
+            return
         self._noted.append((first_layer, ids, bits))
         if len(self._noted) >= NOTED_CALLS:
             self._value_noted()
@@ -109,12 +116,30 @@ class Ledger:
         kept = sum(int(self.prefix_bytes[self.width[pinned_layer, e]]) for e in pinned)
         if self.used_bytes - kept < short:
             return None
+        if self.rank is not None:
+            return self._evict_whole(n_bytes, self.rank(pinned_layer), pinned_layer, pinned)
         out: dict[tuple[int, int], int] = {}
         while self.used_bytes + n_bytes > self.limit_bytes:
             layer, expert, segment = self._next_victim(pinned_layer, pinned)
             bits = segment + BASE_BITS - 1 if segment else 0
             self.shrink(layer, expert, bits)
             out[layer, expert] = bits
+        return out
+
+    def _evict_whole(
+        self, n_bytes: int, worth: F64, pinned_layer: int, pinned: set[int]
+    ) -> dict[tuple[int, int], int] | None:
+        worth = np.where(self.width > 0, worth, np.inf)
+        worth[pinned_layer, list(pinned)] = np.inf
+        if self.prefix_bytes[self.width[np.isfinite(worth)]].sum() < self.used_bytes + n_bytes - self.limit_bytes:
+            return None
+        out: dict[tuple[int, int], int] = {}
+        for flat in np.argsort(worth, axis=None, kind="stable").tolist():
+            if self.used_bytes + n_bytes <= self.limit_bytes:
+                break
+            layer, expert = divmod(flat, self.experts)
+            self.shrink(layer, expert, 0)
+            out[layer, expert] = 0
         return out
 
     def _next_victim(self, pinned_layer: int, pinned: set[int]) -> tuple[int, int, int]:

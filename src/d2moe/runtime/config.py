@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from d2moe.errors import ConfigError
+from d2moe.policy import POLICIES
 from d2moe.types import MAX_BITS, check_width
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "tb": 10**12}
@@ -46,7 +47,8 @@ class EngineConfig:
     (two bytes each) or "q8" (one). `context`: tokens a sequence may hold (default: the model's, at most
     4096). `threads`: default all CPUs this process may use. `chunk_tokens`: tokens of a prompt computed at a time.
     `max_sequences`: sequences that may be alive at once. `kernels`: a kernel table, or the NumPy twin.
-    `direct`: read experts past the page cache. `read_depth`: reads in flight.
+    `direct`: read experts past the page cache. `read_depth`: reads in flight. `policy`: which planes are read, kept and
+    computed (d2moe.policy); `learn`: a trace that it may learn from beforehand.
     """
 
     memory_bytes: int | None = None
@@ -61,6 +63,8 @@ class EngineConfig:
     kernels: str = "native"
     direct: bool = True
     read_depth: int = 4
+    policy: str = "hebf"
+    learn: str | None = None
 
     def __post_init__(self) -> None:
         check_width(self.bits)
@@ -69,7 +73,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} is {value!r}, expected a whole number from 1 on")
-        for name, known in (("kernels", KERNELS), ("kv", KV_KINDS)):
+        for name, known in (("kernels", KERNELS), ("kv", KV_KINDS), ("policy", tuple(POLICIES))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
 

@@ -15,7 +15,9 @@ from d2moe.errors import ConfigError, RequestError
 from d2moe.kernels import reference
 from d2moe.models import shape_from_config
 from d2moe.models.layers import Decoder, DenseOptions, Places
+from d2moe.policy import policy
 from d2moe.policy.ledger import Ledger
+from d2moe.policy.trace import Meta, Recorder, Trace
 from d2moe.runtime import memory
 from d2moe.runtime.config import EngineConfig
 from d2moe.runtime.kv import BLOCK_TOKENS, Pages, Sequence
@@ -84,10 +86,13 @@ class Engine:
         self.experts.set_limit(self.budget.experts)
         self.ledger = Ledger(len(layers), container.experts, record.base_bytes, record.plane_bytes, self.budget.experts)
         self.counters = Counters()
-        self._streamer = Streamer(self.experts, self.ledger, self.counters, backend.StorageFailure)
+        learn = Trace.load(config.learn) if config.learn else None
+        self.policy = policy.make(config.policy, self.ledger, shape.top_k, learn=learn)
+        self._streamer = Streamer(self.experts, self.ledger, self.counters, backend.StorageFailure, self.policy)
         report = (lambda index: progress(index + 1, shape.layers)) if progress else None
         dense = DenseOptions(config.dense_width, record.group, memory.Arena(self.budget.dense).take)
         self.decoder = Decoder(backend, self.runtime, shape, container, dense, chunk, self.kv, self.experts, report)
+        self.decoder.program.pause("decide" if self.policy.decides else "missing")
 
     @classmethod
     def load(
@@ -99,6 +104,17 @@ class Engine:
         MemoryBudgetError before anything large is loaded.
         """
         return cls(Container.open(path), config or EngineConfig(), progress)
+
+    def record(self, ahead: int = 3) -> Recorder:
+        """Record the routing of all steps from now on, with forecasts of `ahead` layers; `trace()` of the answer gives it."""
+        shape, record = self.shape, self.container.record
+        last = shape.moe_layers[-1] == shape.layers - 1
+        facts = (record.base_bytes, record.plane_bytes, last, self.container.path.name)
+        recorder = Recorder(Meta(len(shape.moe_layers), shape.experts, shape.top_k, *facts), ahead)
+        self._streamer.recorder = recorder
+        if not self.policy.decides:
+            self.decoder.program.pause("watch")
+        return recorder
 
     def new_sequence(self) -> Sequence:
         return Sequence(self._pages)
@@ -176,7 +192,12 @@ class Engine:
         tokens = items[0][1] if alone else np.concatenate([t for _, t, _ in items])
         places = Places(position, sequence, tables)
         self.decoder.start(tokens, places, np.array(rows, np.int32))
+        recorder = self._streamer.recorder
+        if recorder is not None:
+            recorder.begin(position, sequence, self.decoder.bits[:n], np.array(rows, np.int32))
         self._streamer.run(self.decoder)
+        if recorder is not None:
+            recorder.end()
         out = self.decoder.logits()
         for chunk, part, _ in items:
             chunk.sequence.length += len(part)
@@ -187,6 +208,7 @@ class Engine:
         """Facts for reports: kernel table, threads, storage path, how the budget is split (bytes)."""
         return {
             "kernels": self.runtime.table,
+            "policy": self.config.policy,
             "dense_bits": self.config.dense_width,
             "kv": self.config.kv,
             "threads": self.runtime.threads,

@@ -1,0 +1,89 @@
+"""Policies on the real engine, and the simulator beside it: the same trace gives the same reads and hits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import d2moe
+from d2moe.errors import ConfigError
+from d2moe.policy import POLICIES
+from d2moe.runtime.config import EngineConfig
+from d2moe.runtime.engine import Engine
+from d2moe.runtime.request import Chunk
+from d2moe.simulate.device import Device
+from d2moe.simulate.simulate import simulate
+
+MODEL = d2moe.builtin_model()
+DEVICE = Device("fixed", 1e9, 1e-4, {4: (1e-5, 1e-6)}, (1e-3, 1e-5), 1e-4)
+ONLINE = [name for name in POLICIES if name != "belady"]
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    seed = int(np.random.default_rng().integers(1 << 31))
+    print("seed", seed)
+    return np.random.default_rng(seed).integers(0, 4096, 150).astype(np.int32)
+
+
+def play(tokens, record=False, **options):
+    """Two sequences: prompts, then 40 steps together, more than the notes that a ledger keeps unread. Logits, counters, trace."""
+    with Engine.load(MODEL, EngineConfig(context=256, max_sequences=2, **options)) as engine:
+        recorder = engine.record() if record else None
+        a, b = engine.new_sequence(), engine.new_sequence()
+        rows = [engine.step([Chunk(a, tokens[:50], 4, "all"), Chunk(b, tokens[50:60], 3, "none")])]
+        for i in range(60, 140):
+            one, other = Chunk(a, tokens[i : i + 1], 4, "last"), Chunk(b, tokens[i : i + 1], 3, "last")
+            rows.append(engine.step([one, other] if i % 3 else [one]))
+        return np.concatenate(rows), engine.counters.snapshot(), recorder and recorder.trace()
+
+
+@pytest.fixture(scope="module")
+def played(tokens):
+    return play(tokens, record=True, expert_memory_bytes=2_000_000)
+
+
+@pytest.mark.parametrize("policy", ONLINE)
+def test_simulator_and_engine_agree_to_the_byte(policy, tokens, played):
+    for memory in (300_000, 1_500_000):
+        _, found, trace = play(tokens, record=True, expert_memory_bytes=memory, policy=policy)
+        # A policy that changes widths or experts changes what later layers see, so its own trace is replayed.
+        if policy not in CHANGES_LOGITS:
+            assert np.array_equal(trace.arrays["ids"], played[2].arrays["ids"])
+        expected = simulate(trace, DEVICE, memory, policy=policy).total
+        for name in ("read_bytes", "reads", "wanted_bytes", "missing_bytes", "uses", "use_bits", "forecast", "forecast_right"):
+            assert getattr(found, name) == getattr(expected, name), (memory, name)
+        assert found.hit_rate == expected.hit_rate
+
+
+CHANGES_LOGITS = ("edgemoe", "hobbit", "adapmoe", "priority")
+
+
+@pytest.mark.parametrize("policy", [p for p in ONLINE if p not in CHANGES_LOGITS])
+def test_policies_that_only_move_bytes_do_not_show(policy, tokens, played):
+    assert np.array_equal(play(tokens, expert_memory_bytes=900_000, policy=policy)[0], played[0])
+
+
+def test_recording_changes_nothing(tokens, played):
+    logits, counters, _ = play(tokens, expert_memory_bytes=2_000_000)
+    assert np.array_equal(logits, played[0])
+    for name in ("read_bytes", "reads", "missing_bytes", "wanted_bytes"):
+        assert getattr(counters, name) == getattr(played[1], name)
+
+
+def test_choices_left_out_and_narrowed_give_the_same_on_the_twin(tokens):
+    """AdapMoE leaves experts out and priority narrows them: compiled core and NumPy twin agree."""
+    for policy in ("adapmoe", "priority"):
+        rows = []
+        for kernels in ("native", "reference"):
+            with Engine.load(MODEL, EngineConfig(context=256, policy=policy, kernels=kernels)) as engine:
+                rows.append(engine.step([Chunk(engine.new_sequence(), tokens[:40], 4, "all")]))
+                assert engine.counters.average_bits != 4.0 or engine.counters.uses < 40 * 2 * 4
+        assert np.abs(rows[0] - rows[1]).max() < 0.5 and np.abs(rows[0] - rows[1]).mean() < 0.02
+
+
+def test_a_policy_that_needs_the_future_or_does_not_exist():
+    with pytest.raises(ConfigError, match="simulation only"):
+        Engine.load(MODEL, EngineConfig(policy="belady"))
+    with pytest.raises(ConfigError, match="policy is 'mru', expected one of hebf"):
+        EngineConfig(policy="mru")
