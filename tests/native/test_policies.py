@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 
 import d2moe
+from d2moe.cli.shared import announce, open_model
+from d2moe.container import Container
 from d2moe.errors import ConfigError
+from d2moe.evaluate import profile as profiling
 from d2moe.policy import POLICIES
 from d2moe.runtime.config import EngineConfig
 from d2moe.runtime.engine import Engine
@@ -15,7 +20,7 @@ from d2moe.simulate.device import Device
 from d2moe.simulate.simulate import simulate
 
 MODEL = d2moe.builtin_model()
-DEVICE = Device("fixed", 1e9, 1e-4, {4: (1e-5, 1e-6)}, (1e-3, 1e-5), 1e-4)
+DEVICE = Device("fixed", 1e9, 1e-5, 1e-4, {4: (1e-5, 1e-6)}, (1e-3, 1e-5), 1e-4)
 ONLINE = [name for name in POLICIES if name != "belady"]
 
 
@@ -87,3 +92,28 @@ def test_a_policy_that_needs_the_future_or_does_not_exist():
         Engine.load(MODEL, EngineConfig(policy="belady"))
     with pytest.raises(ConfigError, match="policy is 'mru', expected one of hebf"):
         EngineConfig(policy="mru")
+
+
+def test_a_profile_is_kept_and_used(tmp_path, monkeypatch, capsys):
+    """What is measured is kept, found again by the same model and device only, and chosen from when a model is opened."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(profiling, "MEASURE_S", 0.001)
+    monkeypatch.setattr(profiling, "memory_bandwidth", lambda threads: 1e10)
+    assert profiling.known_profile(Container.open(MODEL)) is None
+    with Engine.load(MODEL, EngineConfig(context=256, expert_memory_bytes=3_000_000)) as engine:
+        found = profiling.profile(engine, list(range(1, 100)))
+    for bits, (first, more) in found.expert_s.items():
+        assert 0 < first < 0.1 and 0 <= more < 0.1, bits
+    assert found.read_bytes_per_s > 1e6 and found.dense_s[0] > 0 and found.decide_s > 0
+    sizes = {int(size) for size in found.facts["reads"]["page cache"]}
+    record = Container.open(MODEL).record
+    assert sizes == {record.plane_bytes, *(record.prefix_bytes(b) for b in (2, 4, 8))}
+    found.facts["chosen"] |= {"direct": False, "read_depth": 3, "why": "for this test"}
+    found.save(profiling.profile_path(Container.open(MODEL)))
+    assert profiling.known_profile(Container.open(MODEL)) == found
+    assert profiling.known_profile(Container.open(MODEL), threads=1000) is None, "another number of threads is another profile"
+    with contextlib.closing(open_model(MODEL, {"context": 64})) as model:
+        about = model.engine.describe()
+        announce(model)
+    assert (about["direct"], about["read_depth"]) == (False, 3)
+    assert "3 in flight (for this test)" in capsys.readouterr().err

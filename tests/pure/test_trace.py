@@ -14,7 +14,7 @@ from d2moe.simulate.synthetic import Statistics, synthetic_trace
 
 META = Meta(layers=5, experts=32, top_k=4, base_bytes=8192, plane_bytes=4096, ends_with_moe=True, model="made up")
 ALL_BYTES = 5 * 32 * (8192 + 2 * 4096)
-DEVICE = Device("fixed", 1e8, 1e-4, {2: (1e-5, 1e-6), 4: (3e-5, 2e-6)}, (1e-3, 1e-4), 5e-5)
+DEVICE = Device("fixed", 1e8, 1e-5, 1e-4, {2: (1e-5, 1e-6), 4: (3e-5, 2e-6)}, (1e-3, 1e-4), 5e-5)
 
 
 @pytest.fixture

@@ -73,6 +73,8 @@ commands = Table(
         "bench": "d2moe.cli.measure:bench",
         "trace": "d2moe.cli.laboratory:trace",
         "simulate": "d2moe.cli.laboratory:simulate",
+        "profile": "d2moe.cli.planning:profile",
+        "plan": "d2moe.cli.planning:plan",
         "version": "d2moe.cli:version",
     },
     name="d2moe",

@@ -81,17 +81,45 @@ def open_model(path: Path, options: dict[str, Any]) -> Model:
     """Load the model in `path` with those engine options that were given."""
     from d2moe.cli.progress import Bar
     from d2moe.container import Container
+    from d2moe.evaluate.profile import known_profile
     from d2moe.runtime.config import EngineConfig
     from d2moe.runtime.engine import Engine
     from d2moe.runtime.generate import Model
     from d2moe.runtime.tokenizer import Tokenizer
 
-    config = EngineConfig.from_options(**{k: v for k, v in options.items() if v is not None})
+    given = {k: v for k, v in options.items() if v is not None}
+    EngineConfig.from_options(**given)  # refuse a bad value before anything is opened
     if not (path / "tokenizer.json").is_file():
         Container.open(path)  # says better what is wrong with something that is no container at all
     tokenizer = Tokenizer.load(path)
+    profile = known_profile(Container.open(path), given.get("threads"))
+    chosen = {k: profile.facts["chosen"][k] for k in ("direct", "read_depth")} if profile else {}
+    config = EngineConfig.from_options(**{**chosen, **given})
     with Bar(f"loading {path.name}", light=True) as bar:
         return Model(Engine.load(path, config, bar), tokenizer)
+
+
+def announce(model: Model) -> None:
+    """What the engine chose and why, on stderr."""
+    from d2moe.evaluate.profile import known_profile
+    from d2moe.runtime.config import show_bytes
+
+    engine: Any = model.engine
+    container = getattr(engine, "container", None)
+    if container is None:
+        return
+    about = engine.describe()
+    bits, experts = engine.config.bits, about["budget"]["experts"]
+    whole = len(container.moe_layers) * container.experts * container.record.prefix_bytes(bits)
+    profile = known_profile(container, engine.config.threads)
+    how = "past the page cache" if about["direct"] else "through the page cache"
+    why = profile.facts["chosen"]["why"] if profile else f'not measured yet, "d2moe profile {container.path.name}" does'
+    fits = "all experts fit" if experts >= whole else f"{show_bytes(experts)} for {show_bytes(whole)} of experts"
+    click.echo(
+        f"{container.path.name}: {bits} bits, {fits}; kernels {about['kernels']}, {about['threads']} threads; policy {about['policy']}; "
+        f"reads {how}, {about['read_depth']} in flight ({why})",
+        err=True,
+    )
 
 
 def read_text(path: str) -> str:

@@ -69,20 +69,8 @@ class Engine:
         blocks = padded(self.context, BLOCK_TOKENS) // BLOCK_TOKENS * config.max_sequences
         self.kv = backend.KvCache(config.kv, shape.layers, blocks, BLOCK_TOKENS, shape.kv_heads, shape.head_dim)
         self._pages = Pages(blocks, self.context)
-        self.experts = backend.Experts(
-            self.runtime,
-            layers=len(layers),
-            experts=container.experts,
-            hidden=shape.hidden,
-            inner=shape.expert_inner,
-            group=record.group,
-            base_bytes=record.base_bytes,
-            plane_bytes=record.plane_bytes,
-            paths=[str(container.expert_path(layer)) for layer in layers],
-            offsets=[container.expert_offset(layer, 0) for layer in layers],
-            direct=config.direct,
-            depth=config.read_depth,
-        )
+        self._backend = backend
+        self.experts = self.new_experts(config.direct, config.read_depth)
         self.experts.set_limit(self.budget.experts)
         self.ledger = Ledger(len(layers), container.experts, record.base_bytes, record.plane_bytes, self.budget.experts)
         self.counters = Counters()
@@ -105,6 +93,24 @@ class Engine:
         """
         return cls(Container.open(path), config or EngineConfig(), progress)
 
+    def new_experts(self, direct: bool, depth: int) -> Any:
+        """Slots and reader of the model's experts, empty; the engine has one of them, measuring reads takes others."""
+        container, record, shape = self.container, self.container.record, self.shape
+        return self._backend.Experts(
+            self.runtime,
+            layers=len(container.moe_layers),
+            experts=container.experts,
+            hidden=shape.hidden,
+            inner=shape.expert_inner,
+            group=record.group,
+            base_bytes=record.base_bytes,
+            plane_bytes=record.plane_bytes,
+            paths=[str(container.expert_path(layer)) for layer in container.moe_layers],
+            offsets=[container.expert_offset(layer, 0) for layer in container.moe_layers],
+            direct=direct,
+            depth=depth,
+        )
+
     def record(self, ahead: int = 3) -> Recorder:
         """Record the routing of all steps from now on, with forecasts of `ahead` layers; `trace()` of the answer gives it."""
         shape, record = self.shape, self.container.record
@@ -115,6 +121,10 @@ class Engine:
         if not self.policy.decides:
             self.decoder.program.pause("watch")
         return recorder
+
+    def stop_recording(self) -> None:
+        self._streamer.recorder = None
+        self.decoder.program.pause("decide" if self.policy.decides else "missing")
 
     def new_sequence(self) -> Sequence:
         return Sequence(self._pages)
@@ -213,6 +223,7 @@ class Engine:
             "kv": self.config.kv,
             "threads": self.runtime.threads,
             "direct": bool(self.experts.direct),
+            "read_depth": self.config.read_depth,
             "context": self.context,
             "budget": self.budget.as_dict(),
         }

@@ -24,9 +24,10 @@ class Counters:
     """What an engine did since it was loaded; `a - b` gives a stretch.
 
     `wanted_bytes` and `missing_bytes`: plane bytes the experts of each layer call asked for, and what of them was not
-    resident. `forecast`: choices foreseen for a next layer by policies that look ahead, and `forecast_right` those that
-    came. `uses`, `use_bits`: (token, expert) pairs and the sum of their widths. Seconds: in steps altogether,
-    deciding, in the experts' arithmetic, and waiting for reads while there was nothing to compute.
+    resident. `plans`: layer calls that were decided on. `forecast`: choices foreseen for a next layer by policies that look
+    ahead, and `forecast_right` those that came. `uses`, `use_bits`: (token, expert) pairs and the sum of their widths.
+    Seconds: in steps altogether, deciding, in the experts' arithmetic, and waiting for reads while there was nothing to
+    compute.
     """
 
     steps: int = 0
@@ -37,6 +38,7 @@ class Counters:
     missing_bytes: int = 0
     read_bytes: int = 0
     reads: int = 0
+    plans: int = 0
     forecast: int = 0
     forecast_right: int = 0
     step_seconds: float = 0.0
@@ -115,6 +117,7 @@ class Streamer:
                 c.use_bits += int(bits.sum()) - int(asked.sum())
                 c.uses -= int(np.count_nonzero(bits == 0))
         self._plan = plan = policy.plan(layer, ids, bits)
+        c.plans += 1
         c.missing_bytes += plan.missing_bytes
         c.decide_seconds += time.perf_counter() - begin
         self._send(0)

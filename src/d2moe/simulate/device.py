@@ -24,12 +24,13 @@ GUESSED_MULTIPLY_ADDS_PER_S = 300e9
 class Device:
     """Times of one device with one model. Seconds and bytes per second.
 
-    `read_bytes_per_s`, `read_latency_s`: reads of experts as the engine does them. `expert_s[bits]` is (one token, each further token)
-    of one expert; `dense_s` the same of all else in a step; `decide_s` one plan.
+    A read among many takes `read_each_s` + bytes / `read_bytes_per_s`; one alone `read_latency_s` more. `expert_s[bits]` is
+    (one token, each further token) of one expert; `dense_s` the same of all else in a step; `decide_s` one plan.
     """
 
     name: str
     read_bytes_per_s: float
+    read_each_s: float
     read_latency_s: float
     expert_s: dict[int, tuple[float, float]]
     dense_s: tuple[float, float]
@@ -84,6 +85,7 @@ def guess(read_rate: float, memory_rate: float, *, expert_bytes: dict[int, int],
     return Device(
         name=f"io={read_rate / 1e9:g}GB,memory={memory_rate / 1e9:g}GB",
         read_bytes_per_s=read_rate,
+        read_each_s=0.0,
         read_latency_s=GUESSED_READ_S,
         expert_s={bits: (expert_bytes[bits] / memory_rate, arithmetic) for bits in WIDTHS},
         dense_s=(dense_bytes / memory_rate, dense_bytes / GUESSED_MULTIPLY_ADDS_PER_S),

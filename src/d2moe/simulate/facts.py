@@ -85,4 +85,5 @@ def model_facts(path: Path, group: int = 64) -> ModelFacts:
         return total
 
     untied = "" if shape.tied_embeddings else "embed"
-    return ModelFacts(path.name, shape, record, size, lambda bits: size(bits, untied))
+    name = path.parent.name or path.name if path.name == "config.json" else path.name
+    return ModelFacts(name, shape, record, size, lambda bits: size(bits, untied))

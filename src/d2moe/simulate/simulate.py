@@ -54,8 +54,8 @@ class SimulatedExperts:
             if have:  # one read of an expert at a time
                 self.now = max(self.now, self.arrival[layer, expert])
             n_bytes = int(self._prefix[bits] - self._prefix[have])
-            seconds = n_bytes / self.device.read_bytes_per_s
-            self.free = max(self.free, self.now + self.device.read_latency_s) + seconds
+            device = self.device
+            self.free = max(self.free, self.now + device.read_latency_s) + device.read_each_s + n_bytes / device.read_bytes_per_s
             self.arrival[layer, expert] = self.free
             self.widths[layer, expert] = bits
             self.read_bytes += n_bytes
