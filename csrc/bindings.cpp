@@ -157,6 +157,14 @@ struct PyExperts {
   void evict(In<int32_t> moves) { each(moves, [&](int64_t l, int64_t e, int b) { executor.evict(l, e, b); }); }
   void read(In<int32_t> moves) { each(moves, [&](int64_t l, int64_t e, int b) { executor.read(l, e, b); }); }
 
+  // int64 [n, 8]: kind, layer, expert, from, to, lane, begin and end in nanoseconds of the steady clock.
+  auto take_events() {
+    auto* kept = new std::vector<Event>(executor.take_events());
+    nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<Event>*>(p); });
+    static_assert(sizeof(Event) == 8 * sizeof(int64_t));
+    return nb::ndarray<nb::numpy, int64_t, nb::c_contig>(kept->data(), {kept->size(), 8}, owner);
+  }
+
   template <class F> void each(In<int32_t>& moves, F f) {
     expect(moves.ndim() == 2 && moves.shape(1) == 3, "moves is int32 [n, 3]: layer, expert, bits");
     const int32_t* p = moves.data();
@@ -342,6 +350,8 @@ NB_MODULE(_native, m) {
       .def("evict", &PyExperts::evict)
       .def("read", &PyExperts::read)
       .def("abandon", [](PyExperts& e) { e.executor.abandon(); }, nb::call_guard<nb::gil_scoped_release>())
+      .def("log", [](PyExperts& e, bool on) { e.executor.log(on); }, "on"_a)
+      .def("take_events", &PyExperts::take_events)
       .def_prop_ro("direct", [](const PyExperts& e) { return e.executor.direct(); })
       .def_prop_ro("counters", [](const PyExperts& e) {
         const ExecutorCounters& c = e.executor.counters();

@@ -87,6 +87,7 @@ bool Executor::settle(int64_t layer, int64_t expert) {
   const std::unique_ptr<ReadRequest> r = std::move(e.request);
   --on_their_way_;
   if (!r->error && r->done_bytes == r->bytes) {
+    if (logging_) events_.push_back({Event::read, layer, expert, e.settled, e.width, r->lane, r->begin_ns, r->end_ns});
     e.settled = e.width;
     return true;
   }
@@ -213,11 +214,16 @@ void Executor::compute(const int32_t* wanted, int64_t count) {
       if (ready.empty()) {
         const int64_t begin = now_ns();
         reader_.wait(seen);
-        counters_.stall_ns += now_ns() - begin;
+        const int64_t end = now_ns();
+        counters_.stall_ns += end - begin;
+        if (logging_) events_.push_back({Event::wait, layer_, -1, 0, 0, 0, begin, end});
       } else {
         const int64_t begin = now_ns();
         compute_groups(ready);
-        counters_.compute_ns += now_ns() - begin;
+        const int64_t end = now_ns();
+        counters_.compute_ns += end - begin;
+        if (logging_)
+          for (const Group* g : ready) events_.push_back({Event::compute, layer_, g->expert, 0, g->bits, 0, begin, end});
       }
     }
   } catch (...) {

@@ -7,6 +7,7 @@
 
 #include <memory>
 #include <stdexcept>
+#include <utility>
 
 namespace d2moe {
 
@@ -26,6 +27,13 @@ struct ExpertShape {
 
 struct ExecutorCounters {
   int64_t read_bytes = 0, reads = 0, stall_ns = 0, compute_ns = 0, calls = 0;
+};
+
+// What happened when, for a timeline: a read of bits `from` to `to` of an expert, an expert's arithmetic at `to` bits (those that were
+// computed together share their times), or a wait for reads with nothing to compute.
+struct Event {
+  enum Kind : int64_t { read, compute, wait };
+  int64_t kind, layer, expert, from, to, lane, begin_ns, end_ns;
 };
 
 class Executor {
@@ -56,6 +64,9 @@ public:
 
   // Forgets a layer that was begun and will not be finished; waits for what is on its way.
   void abandon();
+
+  void log(bool on) { logging_ = on; }
+  std::vector<Event> take_events() { return std::exchange(events_, {}); } // since the last call, while logging
 
   const ExecutorCounters& counters() const { return counters_; }
   bool direct() const { return reader_.direct(); }
@@ -91,6 +102,8 @@ private:
   Reader reader_;
   ExecutorCounters counters_;
   int64_t on_their_way_ = 0;
+  bool logging_ = false;
+  std::vector<Event> events_;
 
   // Between begin and finish:
   int64_t layer_ = -1, tokens_ = 0, top_k_ = 0, mark_ = 0;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 
 import numpy as np
 import pytest
@@ -117,3 +118,32 @@ def test_a_profile_is_kept_and_used(tmp_path, monkeypatch, capsys):
         announce(model)
     assert (about["direct"], about["read_depth"]) == (False, 3)
     assert "3 in flight (for this test)" in capsys.readouterr().err
+
+
+def test_the_timeline_says_what_the_counters_say(tokens, tmp_path):
+    """Every read, all arithmetic and all waits are in it, with times inside their steps."""
+    path = tmp_path / "timeline.json"
+    _, counters, _ = play(tokens, expert_memory_bytes=700_000, policy="hobbit", timeline=str(path))
+    slices = [event for event in json.loads(path.read_text()) if event["ph"] == "X"]
+    steps = [e for e in slices if e["tid"] == 1]
+    assert len(steps) == counters.steps and sum(e["args"]["tokens"] for e in steps) == counters.tokens
+    record, sizes = Container.open(MODEL).record, 0
+    reads = [e for e in slices if e["tid"] >= 10]
+    for event in reads:
+        planes = event["args"]["planes"]
+        sizes += sum(record.base_bytes if p == "base" else record.plane_bytes for p in planes)
+        assert event["name"].startswith(f"layer {event['args']['layer']} expert {event['args']['expert']}: {planes[0]}")
+    # The last prefetches may still be on their way.
+    assert counters.reads - 8 <= len(reads) <= counters.reads and 0.97 * counters.read_bytes <= sizes <= counters.read_bytes
+    waits = sum(e["dur"] for e in slices if e["tid"] == 3 and e["name"].startswith("wait")) / 1e6
+    arithmetic = sum(e["dur"] for e in slices if e["tid"] == 3 and not e["name"].startswith("wait")) / 1e6
+    assert waits == pytest.approx(counters.stall_seconds, rel=1e-3)
+    assert arithmetic == pytest.approx(counters.compute_seconds, rel=1e-3)
+    spans = [(e["ts"], e["ts"] + e["dur"]) for e in steps]
+    for event in slices:
+        if event["tid"] in (2, 3):
+            assert any(begin - 1 <= event["ts"] and event["ts"] + event["dur"] <= end + 1 for begin, end in spans)
+    with pytest.raises(ConfigError, match="cannot be written: No such file"):
+        Engine.load(MODEL, EngineConfig(context=64, timeline=str(tmp_path / "no" / "x.json")))
+    with pytest.raises(ConfigError, match="the NumPy twin has no timeline"):
+        Engine.load(MODEL, EngineConfig(context=64, kernels="reference", timeline=str(path)))

@@ -41,6 +41,9 @@ ENGINE_OPTIONS = [
         help="Which experts are read, kept and computed; see docs/policies.md [default: hebf].",
     ),
     click.option("--learn", metavar="TRACE", help="A trace that the policy may learn from beforehand (d2moe trace)."),
+    click.option(
+        "--timeline", metavar="FILE", help="Write reads, arithmetic and waits as a trace for ui.perfetto.dev or chrome://tracing."
+    ),
     click.option("--threads", type=click.IntRange(min=1), help="Threads [default: all CPUs this process may use]."),
 ]
 
@@ -52,7 +55,7 @@ CONTEXT_OPTION = click.option(
     help="Tokens a sequence may hold [default: the model's, to 4096].",
 )
 
-ENGINE_NAMES = ("memory", "expert_memory", "bits", "dense_bits", "kv", "policy", "learn", "threads", "context")
+ENGINE_NAMES = ("memory", "expert_memory", "bits", "dense_bits", "kv", "policy", "learn", "timeline", "threads", "context")
 """Parameters that `ENGINE_OPTIONS` and `CONTEXT_OPTION` give to a command."""
 
 

@@ -48,7 +48,7 @@ class EngineConfig:
     4096). `threads`: default all CPUs this process may use. `chunk_tokens`: tokens of a prompt computed at a time.
     `max_sequences`: sequences that may be alive at once. `kernels`: a kernel table, or the NumPy twin.
     `direct`: read experts past the page cache. `read_depth`: reads in flight. `policy`: which planes are read, kept and
-    computed (d2moe.policy); `learn`: a trace that it may learn from beforehand.
+    computed (d2moe.policy); `learn`: a trace that it may learn from beforehand. `timeline`: a file to write what happened when to.
     """
 
     memory_bytes: int | None = None
@@ -65,6 +65,7 @@ class EngineConfig:
     read_depth: int = 4
     policy: str = "hebf"
     learn: str | None = None
+    timeline: str | None = None
 
     def __post_init__(self) -> None:
         check_width(self.bits)

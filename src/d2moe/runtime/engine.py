@@ -23,6 +23,7 @@ from d2moe.runtime.config import EngineConfig
 from d2moe.runtime.kv import BLOCK_TOKENS, Pages, Sequence
 from d2moe.runtime.request import Chunk
 from d2moe.runtime.streamer import Counters, Streamer
+from d2moe.runtime.timeline import Timeline
 from d2moe.types import check_width, padded
 
 F32 = npt.NDArray[np.float32]
@@ -81,6 +82,8 @@ class Engine:
         dense = DenseOptions(config.dense_width, record.group, memory.Arena(self.budget.dense).take)
         self.decoder = Decoder(backend, self.runtime, shape, container, dense, chunk, self.kv, self.experts, report)
         self.decoder.program.pause("decide" if self.policy.decides else "missing")
+        self.timeline = Timeline(config.timeline, self.experts) if config.timeline else None
+        self._streamer.timeline = self.timeline
 
     @classmethod
     def load(
@@ -164,6 +167,8 @@ class Engine:
         counters.stall_seconds, counters.compute_seconds = stall / 1e9, compute / 1e9
         counters.steps += 1
         counters.step_seconds += time.perf_counter() - begin
+        if self.timeline is not None:
+            self.timeline.step(begin, sum(map(len, plans)))
         return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
 
     def _checked(self, chunk: Chunk) -> npt.NDArray[np.int32]:
@@ -230,6 +235,8 @@ class Engine:
 
     def close(self) -> None:
         """Give everything back; the engine cannot be used afterwards."""
+        if (timeline := self.__dict__.pop("timeline", None)) is not None:
+            timeline.close()
         self.__dict__.pop("decoder", None)
         self.__dict__.pop("_streamer", None)
         self.__dict__.pop("experts", None)

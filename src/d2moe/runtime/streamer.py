@@ -15,6 +15,7 @@ from d2moe.policy.ledger import Ledger
 from d2moe.policy.plan import Plan, Wave
 from d2moe.policy.policy import Policy
 from d2moe.policy.trace import NO_FORECAST, Recorder
+from d2moe.runtime.timeline import Timeline
 
 I32 = npt.NDArray[np.int32]
 
@@ -76,6 +77,7 @@ class Streamer:
         self.experts, self.ledger, self.counters, self._failure = experts, ledger, counters, failure
         self.policy = policy or Policy(ledger, 1)
         self.recorder: Recorder | None = None
+        self.timeline: Timeline | None = None
         self._plan = Plan()
         self._silent_steps = 0
         self._expected: tuple[int, I32] | None = None
@@ -120,6 +122,8 @@ class Streamer:
         c.plans += 1
         c.missing_bytes += plan.missing_bytes
         c.decide_seconds += time.perf_counter() - begin
+        if self.timeline is not None:
+            self.timeline.decision(begin, layer, plan)
         self._send(0)
         for index, wave in enumerate(plan.waves[:-1]):
             # The next wave's reads run while this one is computed, unless they need its memory.
