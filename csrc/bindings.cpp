@@ -279,6 +279,19 @@ struct PyProgram {
     program.choose(widths.data(), gates ? gates->data() : nullptr);
   }
 
+  // int32 [waiting, ahead, top_k]
+  auto forecast(int64_t ahead) {
+    expect(ahead >= 0, "ahead is not negative");
+    const size_t rows = size_t(program.waiting()), k = size_t(program.shape().top_k);
+    auto* kept = new std::vector<int32_t>(rows * size_t(ahead) * k);
+    nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<int32_t>*>(p); });
+    {
+      nb::gil_scoped_release free;
+      program.forecast(ahead, kept->data());
+    }
+    return nb::ndarray<nb::numpy, int32_t, nb::c_contig>(kept->data(), {rows, size_t(ahead), k}, owner);
+  }
+
   // A copy of float32 [waiting, cols].
   static auto copied(const float* data, int64_t rows, int64_t cols) {
     auto* kept = new std::vector<float>(data, data + rows * cols);
@@ -371,9 +384,9 @@ NB_MODULE(_native, m) {
       .def("take_notes", &PyProgram::take_notes)
       .def("pause", &PyProgram::pause, "when"_a)
       .def("choose", &PyProgram::choose, "bits"_a, "gates"_a.none() = nb::none())
+      .def("forecast", &PyProgram::forecast, "ahead"_a)
       .def_prop_ro("held", [](const PyProgram& p) { return p.program.held(); })
       .def_prop_ro("gates", [](const PyProgram& p) { return p.copied(p.program.gates(), p.program.waiting(), p.program.shape().top_k); }, nb::rv_policy::automatic)
-      .def_prop_ro("hidden", [](const PyProgram& p) { return p.copied(p.program.hidden(), p.program.waiting(), p.hidden); }, nb::rv_policy::automatic)
       .def("logits", &PyProgram::logits)
       .def("abandon", [](PyProgram& p) { p.program.abandon(); }, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("wanted_bytes", [](const PyProgram& p) { return p.program.wanted_bytes(); })

@@ -151,6 +151,21 @@ void Program::choose(const int32_t* bits, const float* gates) {
   if (gates) std::copy_n(gates, pairs, gates_.data());
 }
 
+void Program::forecast(int64_t ahead, int32_t* out) {
+  const int64_t k = shape_.top_k, tokens = waiting();
+  std::fill_n(out, tokens * ahead * k, -1);
+  std::vector<int32_t> ids(size_t(tokens * k));
+  std::vector<float> gates(ids.size());
+  int64_t step = 0;
+  for (size_t l = next_ + 1; l < layers_.size() && step < ahead && tokens; ++l) {
+    if (!layers_[l].router) continue;
+    if (l + 1 == layers_.size() && int64_t(rows_.size()) != tokens) break;
+    pick(rt_, *layers_[l].router, tokens, h_.data(), ids.data(), gates.data());
+    for (int64_t t = 0; t < tokens; ++t) std::copy_n(ids.data() + t * k, k, out + (t * ahead + step) * k);
+    ++step;
+  }
+}
+
 void Program::open() {
   const Layer& layer = layers_[next_];
   experts_.begin(layer.moe_index, tokens_, shape_.top_k, h_.data(), ids(layer.moe_index), chosen_.empty() ? wide_.data() : chosen_.data());

@@ -40,9 +40,11 @@ public:
   bool held() const { return held_; } // whether the layer that run came back at has all its experts, which was noted
   // For the layer that waits: other widths [tokens, top_k], 0 leaving an expert out, and other gates, unless null.
   void choose(const int32_t* bits, const float* gates);
-  const float* gates() const { return gates_.data(); }  // [waiting, top_k] of the layer that waits
-  const float* hidden() const { return h_.data(); }     // [waiting, hidden]: what its router saw
+  const float* gates() const { return gates_.data(); } // [waiting, top_k] of the layer that waits
   int64_t waiting() const { return routed_ ? tokens_ : 0; }
+  // out [waiting, ahead, top_k]: experts that the routers of the next MoE layers choose for the input of the one that waits, by
+  // falling weight; -1 past the last one, and where that sees fewer tokens.
+  void forecast(int64_t ahead, int32_t* out);
   // logits [count, vocab] of the rows of the finished step.
   void logits(float* out);
   void abandon(); // forgets the step in progress

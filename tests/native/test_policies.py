@@ -80,11 +80,14 @@ def test_recording_changes_nothing(tokens, played):
 def test_choices_left_out_and_narrowed_give_the_same_on_the_twin(tokens):
     """AdapMoE leaves experts out and priority narrows them: compiled core and NumPy twin agree."""
     for policy in ("adapmoe", "priority"):
-        rows = []
+        rows, first = [], []
         for kernels in ("native", "reference"):
             with Engine.load(MODEL, EngineConfig(context=256, policy=policy, kernels=kernels)) as engine:
+                recorder = engine.record(2)
                 rows.append(engine.step([Chunk(engine.new_sequence(), tokens[:40], 4, "all")]))
+                first.append(next(iter(recorder.trace())).calls[0].forecast)
                 assert engine.counters.average_bits != 4.0 or engine.counters.uses < 40 * 2 * 4
+        assert np.mean(np.sort(first[0]) == np.sort(first[1])) > 0.97, "what later routers say to the first layer's input"
         assert np.abs(rows[0] - rows[1]).max() < 0.5 and np.abs(rows[0] - rows[1]).mean() < 0.02
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+import d2moe
+from d2moe import cli
 from d2moe.errors import ConfigError, MemoryBudgetError, TraceError
 from d2moe.policy import POLICIES
 from d2moe.policy.trace import ARRAYS, Meta, Recorder, Trace
 from d2moe.simulate.device import Device, parse_rates
+from d2moe.simulate.facts import model_facts
 from d2moe.simulate.simulate import simulate
 from d2moe.simulate.synthetic import Statistics, synthetic_trace
 
@@ -64,6 +70,11 @@ def test_damaged_files_are_refused(tmp_path, seed):
     far[0, 0] = 32
     Trace(META, trace.arrays | {"ids": far}).save(path)
     with pytest.raises(TraceError, match="expert 32 is named and there are 32"):
+        Trace.load(path)
+    far = trace.arrays["forecast"].copy()
+    far[0, 0, 0] = 32
+    Trace(META, trace.arrays | {"forecast": far}).save(path)
+    with pytest.raises(TraceError, match="a forecast names an expert that is not one of 32"):
         Trace.load(path)
     path.write_bytes(b"no trace")
     with pytest.raises(TraceError, match=r"t.npz is not a trace"):
@@ -143,3 +154,71 @@ def test_devices(tmp_path):
     (tmp_path / "x.json").write_text('{"format": 1}')
     with pytest.raises(ConfigError, match=r"x.json is not a device profile"):
         Device.load(tmp_path / "x.json")
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = cli.main(arguments)
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+def test_trace_and_simulate_on_the_command_line(run, tmp_path):
+    path = str(tmp_path / "t.npz")
+    code, out, _ = run("trace", "builtin", "--synthetic", "--tokens", "20", "--prompt-tokens", "8", "--sequences", "2", "--out", path)
+    assert code == 0 and "22 steps, 56 tokens, 4 layers" in out and "by chance 12 %" in out
+    device = ("--device", "io=1GB,memory=20GB", "--model", "builtin")
+    code, out, err = run("simulate", path, *device, "--memory", "40%", "--memory", "2MB", "--policy", "lru", "--policy", "hebf")
+    assert code == 0 and out.count("hebf") == out.count("lru") == 2, (out, err)
+    code, out, _ = run("simulate", path, *device, "--memory", "40%", "--policy", "lfu", "--json")
+    line = json.loads(out)
+    m = Trace.load(path).meta
+    assert line["memory_bytes"] == int(0.4 * 4 * 16 * (m.base_bytes + 2 * m.plane_bytes))
+    found = simulate(Trace.load(path), model_facts(d2moe.builtin_model()).device(device[1], 5), line["memory_bytes"], policy="lfu")
+    assert line["hit_rate"] == found.hit_rate and line["tokens_per_s"] == found.tokens_per_s
+    for arguments, message in (
+        (("simulate", path, "--device", "nothing.json"), "expected a profile's file, or two bandwidths"),
+        (("simulate", path, "--device", "io=fast,memory=1GB", "--model", "builtin"), "device is 'fast'"),
+        (("simulate", path, *device, "--memory", "0%"), "memory is '0%'"),
+        (("simulate", path, *device, "--memory", "10kB"), "does not hold one expert"),
+        (("simulate", __file__, *device), "is not a trace"),
+    ):
+        code, _, err = run(*arguments)
+        assert code == 1 and message in err and "Traceback" not in err, err
+    assert run("simulate", path, "--device", "io=1GB,memory=1GB")[0] == 2
+    assert run("trace", "builtin", "--out", path)[0] == 2
+
+
+def test_plan_needs_no_model_but_its_config(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("d2moe.runtime.memory.resident_bytes", lambda: 50_000_000)
+    config = Path(d2moe.builtin_model()) / "config.json"
+    (tmp_path / "config.json").write_bytes(config.read_bytes())
+    rows = []
+    for model in (str(tmp_path / "config.json"), "builtin"):
+        code, out, err = run(
+            "plan", model, "--device", "io=1GB,memory=20GB", "--memory", "90MB", "--bits", "2", "--bits", "8", "--context", "256", "--json"
+        )
+        assert code == 0, err
+        rows.append([json.loads(line) for line in out.splitlines()])
+    assert rows[0] == rows[1], "the shape says all"
+    narrow, wide = rows[0]
+    assert narrow["tokens_per_s"] > wide["tokens_per_s"] and narrow["bits"] == 2
+    code, out, _ = run("plan", "builtin", "--device", "io=1GB,memory=20GB", "--memory", "90MB", "--context", "256", "--target", "1")
+    assert code == 0 and "1 tokens/s with the least loss: 8 bits in 90.0 MB" in out
+    code, out, _ = run("plan", "builtin", "--device", "io=1GB,memory=20GB", "--memory", "90MB", "--context", "256", "--target", "1e9")
+    assert code == 0 and "nothing of this reaches" in out
+    code, _, err = run("plan", str(tmp_path / "absent"), "--device", "io=1GB,memory=20GB")
+    assert code == 1 and "no such model" in err
+
+
+def test_victims_found_in_batches_are_as_good_as_one_by_one(seed, monkeypatch):
+    """A batch that outlives touches of what is not in it must not evict what became worth more than those."""
+    trace = synthetic_trace(META, tokens=200, seed=seed)
+    found = simulate(trace, DEVICE, ALL_BYTES // 4).hit_rate
+    monkeypatch.setattr("d2moe.policy.ledger.VICTIM_BATCH", 1)
+    monkeypatch.setattr("d2moe.policy.ledger.LEAST_BATCH", 1)
+    exact = simulate(trace, DEVICE, ALL_BYTES // 4).hit_rate
+    assert found > exact - 0.015, (found, exact)

@@ -164,33 +164,41 @@ def simulate(
     whole = m.layers * m.experts * (m.base_bytes + (width - BASE_BITS) * m.plane_bytes)
     budgets = [_budget(text, whole) for text in memories or ("25%", "35%", "50%", "75%")]
     names = policies or tuple(POLICIES)
-    rows, same = [], found.overlap()
+    same = found.overlap()
+    tables: list[list[tuple[str, ...]]] = []
     with Bar("simulating") as bar:
-        for at, (memory, name) in enumerate((memory, name) for memory in budgets for name in names):
-            result = run(found, target, memory, policy=name, bits=bits, learn=taught)
-            bar(at + 1, len(budgets) * len(names), name)
-            if as_json:
-                print_json({"trace": trace_file, "device": target.name, "again": same[0], "chance": same[1], **asdict(result)})
-            right = result.forecast_right
-            rows.append(
-                (
-                    name,
-                    show_bytes(memory),
-                    f"{100 * memory / whole:.0f} %",
-                    f"{result.tokens_per_s:.2f}",
-                    f"{result.prompt_tokens_per_s:.1f}",
-                    f"{100 * result.hit_rate:.1f} %",
-                    show_bytes(result.bytes_per_token),
-                    f"{100 * result.stall_share:.0f} %",
-                    f"{100 * result.bound_share:.0f} %",
-                    f"{result.average_bits:.2f}",
-                    "-" if right is None else f"{100 * right:.0f} %",
-                )
-            )
-    if not as_json:
-        head = ("policy", "experts", "share", "tokens/s", "prompt", "hit", "per token", "stall", "bound", "bits", "foreseen")
-        again = f"{100 * same[0]:.0f} % of a token's experts come again on the next, by chance {100 * same[1]:.0f} %"
-        print_table(f"{trace_file} on {target.name}; {again}", rows, head)
+        for memory in budgets:
+            tables.append([])
+            for name in names:
+                result = run(found, target, memory, policy=name, bits=bits, learn=taught)
+                bar(len(names) * (len(tables) - 1) + len(tables[-1]) + 1, len(budgets) * len(names), name)
+                tables[-1].append(_row(result))
+                if as_json:
+                    print_json({"trace": trace_file, "device": target.name, "again": same[0], "chance": same[1], **asdict(result)})
+    if as_json:
+        return
+    again = f"{100 * same[0]:.0f} % of a token's experts come again on the next, by chance {100 * same[1]:.0f} %"
+    click.echo(f"{trace_file} on {target.name}; {again}\n")
+    head = ("policy", "tokens/s", "prompt", "hit", "per token", "stall", "bound", "bits", "foreseen")
+    for memory, rows in zip(budgets, tables, strict=True):
+        print_table(f"{show_bytes(memory)} for experts, {100 * memory / whole:.0f} % of all at {width} bits", rows, head)
+
+
+def _row(result: Any) -> tuple[str, ...]:
+    from d2moe.runtime.config import show_bytes
+
+    right = result.forecast_right
+    return (
+        result.policy,
+        f"{result.tokens_per_s:.2f}",
+        f"{result.prompt_tokens_per_s:.1f}",
+        f"{100 * result.hit_rate:.1f} %",
+        show_bytes(result.bytes_per_token),
+        f"{100 * result.stall_share:.0f} %",
+        f"{100 * result.bound_share:.0f} %",
+        f"{result.average_bits:.2f}",
+        "-" if right is None else f"{100 * right:.0f} %",
+    )
 
 
 def _device(text: str, model: str | None) -> Any:

@@ -223,9 +223,14 @@ class Program:
     def pause(self, when: str) -> None:
         self.when = when
 
-    @property
-    def hidden(self) -> F32:
-        return self.h
+    def forecast(self, ahead: int) -> I32:
+        out = np.full((len(self.h), ahead, self.ids.shape[2]), -1, np.int32)
+        later = [(n, router) for n, (_, router, _, _) in enumerate(self.layers) if n > self.next and router is not None]
+        for step, (n, router) in enumerate(later[:ahead]):
+            if n + 1 == len(self.layers) and len(self.rows) != len(self.h):
+                break
+            out[:, step] = np.argsort(-(self.h @ router.weight.T), axis=1, kind="stable")[:, : router.top_k]
+        return out
 
     def choose(self, bits: I32, gates: F32 | None = None) -> None:
         moe = self.layers[self.next][3]

@@ -77,7 +77,6 @@ class Decoder:
         self.shape, self.max_tokens = shape, max_tokens
         self._backend, self._weights, self._dense = backend, weights, dense
         self.bits = np.full((max_tokens, shape.top_k), MAX_BITS, np.int32)
-        self.routers: list[F32] = []
         self.ids = np.zeros((len(shape.moe_layers), max_tokens, shape.top_k), np.int32)
         embedding = self._linear("embed", shape.vocab, shape.hidden)
         head = embedding if shape.tied_embeddings else self._linear("head", shape.vocab, shape.hidden)
@@ -118,8 +117,7 @@ class Decoder:
         if index not in s.moe_layers:
             feed_forward = self._feed_forward(f"{name}.mlp", s.dense_inner, None, norm)
         else:
-            self.routers.append(w.read_dense(f"{name}.router"))
-            router = self._backend.Router(norm, self.routers[-1], s.top_k, s.norm_top_k, s.rms_eps)
+            router = self._backend.Router(norm, w.read_dense(f"{name}.router"), s.top_k, s.norm_top_k, s.rms_eps)
             if s.shared_inner:
                 mix = w.read_dense(f"{name}.shared.mix")
                 feed_forward = self._feed_forward(f"{name}.shared", s.shared_inner, mix, None)
@@ -167,17 +165,10 @@ class Decoder:
         """Whether this MoE layer is the model's last layer, whose experts see only the tokens that are asked of."""
         return self.shape.moe_layers[layer] == self.shape.layers - 1
 
-    def forecast(self, layer: int, ahead: int) -> I32:
+    def forecast(self, ahead: int) -> I32:
         """Experts int32 [tokens, ahead, top_k] that the routers of the next MoE layers choose for the input of this one, which
-        waits, by falling weight; NO_FORECAST (65535) past the last layer, and where that one sees fewer tokens (HOBBIT, arXiv
-        2411.01433)."""
-        h = self.program.hidden
-        out = np.full((len(h), ahead, self.shape.top_k), 0xFFFF, np.int32)
-        for step in range(1, min(ahead, len(self.routers) - 1 - layer) + 1):
-            if self.ends_with(layer + step) and len(self._rows) < len(h):
-                break
-            out[:, step - 1] = np.argsort(-(h @ self.routers[layer + step].T), axis=1, kind="stable")[:, : self.shape.top_k]
-        return out
+        waits, by falling weight; -1 past the last layer, and where that one sees fewer tokens (HOBBIT, arXiv 2411.01433)."""
+        return np.asarray(self.program.forecast(ahead), np.int32)
 
     def compute(self, experts: I32) -> None:
         """Compute some experts of the layer that waits, as they arrive; `run` computes the rest."""

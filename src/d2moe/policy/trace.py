@@ -10,7 +10,7 @@ A trace is one .npz file (NumPy's open format, no pickles), T tokens and S steps
     bits      uint8 [T, top_k]    width asked for of each choice
     ids       uint16 [N, top_k]   experts, step by step, MoE layer by MoE layer, token by token, in the router's order
     gates     float32 [N, top_k]
-    forecast  uint16 [N, ahead, top_k]  the router of the 1st … ahead-th next layer on this layer's input; NO_FORECAST past the last
+    forecast  int16 [N, ahead, top_k]   the router of the 1st … ahead-th next layer on this layer's input; -1 past the last
     meta      uint8 [n]           JSON: format, layers, experts, top_k, base_bytes, plane_bytes, ends_with_moe, model
 """
 
@@ -32,7 +32,7 @@ I32 = npt.NDArray[np.int32]
 F32 = npt.NDArray[np.float32]
 
 FORMAT = 1
-NO_FORECAST = 0xFFFF
+NO_FORECAST = -1
 ARRAYS = ("tokens", "wanted", "rows", "position", "sequence", "bits", "ids", "gates", "forecast")
 
 
@@ -174,6 +174,8 @@ class Trace:
             return f"forecast has the shape {a['forecast'].shape}, expected [{n}, ahead, {m.top_k}]"
         if n and int(a["ids"].max()) >= m.experts:
             return f"expert {int(a['ids'].max())} is named and there are {m.experts}"
+        if a["forecast"].size and not NO_FORECAST <= int(a["forecast"].min()) <= int(a["forecast"].max()) < m.experts:
+            return f"a forecast names an expert that is not one of {m.experts}"
         if tokens and (int(a["bits"].min()) < 2 or int(a["bits"].max()) > 8):
             return "widths are not from 2 to 8 bits"
         return None
@@ -208,7 +210,7 @@ class Recorder:
     def call(self, ids: I32, gates: F32, forecast: I32) -> None:
         self._add("ids", ids, np.uint16)
         self._add("gates", gates, np.float32)
-        self._add("forecast", forecast, np.uint16)
+        self._add("forecast", forecast, np.int16)
 
     def end(self) -> None:
         for name, arrays in self._now.items():
@@ -222,5 +224,5 @@ class Recorder:
         empty = {name: np.zeros(0, np.int32) for name in ("tokens", "wanted", "rows", "position", "sequence")}
         k = self.meta.top_k
         empty |= {"bits": np.zeros((0, k), np.uint8), "ids": np.zeros((0, k), np.uint16), "gates": np.zeros((0, k), np.float32)}
-        empty["forecast"] = np.zeros((0, self.ahead, k), np.uint16)
+        empty["forecast"] = np.zeros((0, self.ahead, k), np.int16)
         return Trace(self.meta, {n: np.concatenate(a) if a else empty[n] for n, a in self._kept.items()})

@@ -87,7 +87,7 @@ class Streamer:
         try:
             while (layer := decoder.run()) >= 0:
                 if self.recorder is not None:
-                    forecast = decoder.forecast(layer, self.recorder.ahead)
+                    forecast = decoder.forecast(self.recorder.ahead)
                     self.recorder.call(decoder.choices(layer)[0], decoder.program.gates, forecast)
                 if decoder.program.held:  # only watched
                     continue
@@ -142,7 +142,7 @@ class Streamer:
         if self._expected is not None and self._expected[0] == layer and len(self._expected[1]) == len(ids):
             c.forecast += ids.size
             c.forecast_right += int((self._expected[1][:, :, None] == ids[:, None]).any(2).sum())
-        forecast = decoder.forecast(layer, self.policy.ahead)
+        forecast = decoder.forecast(self.policy.ahead)
         self._expected = (layer + 1, forecast[:, 0]) if (forecast[:, 0] != NO_FORECAST).all() else None
         wave = self.policy.prefetch(layer, forecast, bits) if bits else None
         c.decide_seconds += time.perf_counter() - begin

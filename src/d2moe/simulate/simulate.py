@@ -142,7 +142,7 @@ class Replay:
         self.wanted_bytes += self._wanted(bits) - self._wanted(self._bits)
         self._bits = bits
 
-    def forecast(self, layer: int, ahead: int) -> I32:
+    def forecast(self, ahead: int) -> I32:
         return self._calls[self._index].forecast[:, :ahead]
 
     def compute(self, experts: I32 | None) -> None:

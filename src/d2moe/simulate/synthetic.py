@@ -81,7 +81,7 @@ def synthetic_trace(
     arrays["ids"] = arrays["ids"].astype(np.uint16)
     arrays["bits"] = np.full((total, meta.top_k), bits, np.uint8)
     arrays["gates"] = gates.astype(np.float32)
-    arrays["forecast"] = np.concatenate(forecasts).astype(np.uint16)
+    arrays["forecast"] = np.concatenate(forecasts).astype(np.int16)
     return Trace(meta, arrays)
 
 
