@@ -21,7 +21,7 @@ from d2moe.types import BASE_BITS, MAX_BITS
 I32 = npt.NDArray[np.int32]
 F64 = npt.NDArray[np.float64]
 
-HALF_LIFE = 32
+HALF_LIFE = 8
 """Turns through all layers after which a demand counts half (docs/log.md)."""
 SEGMENTS = MAX_BITS - BASE_BITS + 1
 VICTIM_BATCH = 128
