@@ -12,6 +12,7 @@ import d2moe
 from d2moe import cli
 from d2moe.errors import ConfigError, MemoryBudgetError, TraceError
 from d2moe.policy import POLICIES
+from d2moe.policy.policy import policy_class
 from d2moe.policy.trace import ARRAYS, Meta, Recorder, Trace
 from d2moe.simulate.device import Device, parse_rates
 from d2moe.simulate.facts import model_facts
@@ -130,12 +131,21 @@ def test_below_one_expert_is_refused_and_one_expert_does(seed):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_replays_within_its_budget_and_gives_the_same_again(policy, seed):
     trace = synthetic_trace(META, tokens=40, prompt_tokens=20, sequences=3, seed=seed)
-    results = [simulate(trace, DEVICE, int(share * ALL_BYTES), policy=policy, learn=trace) for share in (0.02, 0.3, 0.3)]
+    learn = trace if policy_class(policy).learns else None
+    results = [simulate(trace, DEVICE, int(share * ALL_BYTES), policy=policy, learn=learn) for share in (0.02, 0.3, 0.3)]
     for result in results:
         result.total.decide_seconds = 0.0  # real time, the only thing that is
     assert results[1] == results[2]
     assert results[0].total.read_bytes >= results[1].total.read_bytes
     assert 0 <= results[1].hit_rate <= 1
+
+
+@pytest.mark.parametrize("policy", ["hobbit", "lookahead"])
+def test_what_was_read_ahead_gives_way_where_memory_is_short(policy, seed):
+    trace = synthetic_trace(META, tokens=15, sequences=2, seed=seed, statistics=Statistics(recall=0.1))
+    for experts in range(1, 26, 3):
+        result = simulate(trace, DEVICE, experts * 16384, policy=policy)
+        assert result.total.read_bytes > 0
 
 
 def test_belady_reads_least(seed):
@@ -184,6 +194,7 @@ def test_trace_and_simulate_on_the_command_line(run, tmp_path):
         (("simulate", path, "--device", "io=fast,memory=1GB", "--model", "builtin"), "device is 'fast'"),
         (("simulate", path, *device, "--memory", "0%"), "memory is '0%'"),
         (("simulate", path, *device, "--memory", "10kB"), "does not hold one expert"),
+        (("simulate", path, *device, "--learn", path, "--policy", "lru"), "lru learns nothing beforehand"),
         (("simulate", __file__, *device), "is not a trace"),
     ):
         code, _, err = run(*arguments)

@@ -59,6 +59,8 @@ def trace(
       d2moe trace Qwen3-30B-A3B/config.json --synthetic --sequences 4 --out made-up.npz
     """
     path = model_path(model)
+    if not synthetic and (sequences, zipf, again) != (1, 1.0, 0.48):
+        raise click.UsageError("--sequences, --zipf and --again are for made-up traces; add --synthetic")
     if synthetic:
         found = _made_up(path, prompt_tokens, tokens, sequences, int(engine["bits"] or 4), seed, zipf, again)
     else:
@@ -152,6 +154,7 @@ def simulate(
       d2moe simulate wiki.npz --device laptop.json --bits 3 --json
     """
     from d2moe.cli.progress import Bar
+    from d2moe.policy.policy import policy_class
     from d2moe.policy.trace import Trace
     from d2moe.runtime.config import show_bytes
     from d2moe.simulate.simulate import simulate as run
@@ -164,13 +167,16 @@ def simulate(
     whole = m.layers * m.experts * (m.base_bytes + (width - BASE_BITS) * m.plane_bytes)
     budgets = [_budget(text, whole) for text in memories or ("25%", "35%", "50%", "75%")]
     names = policies or tuple(POLICIES)
+    learners = [name for name in names if policy_class(name).learns]
+    if taught and not learners:
+        raise ConfigError(f"--learn: {', '.join(names)} learns nothing beforehand; leave it out")
     same = found.overlap()
     tables: list[list[tuple[str, ...]]] = []
     with Bar("simulating") as bar:
         for memory in budgets:
             tables.append([])
             for name in names:
-                result = run(found, target, memory, policy=name, bits=bits, learn=taught)
+                result = run(found, target, memory, policy=name, bits=bits, learn=taught if name in learners else None)
                 bar(len(names) * (len(tables) - 1) + len(tables[-1]) + 1, len(budgets) * len(names), name)
                 tables[-1].append(_row(result))
                 if as_json:

@@ -33,6 +33,7 @@ ALLOT_CALLS = 256
 
 class AdapMoE(WholeExperts):
     name = "adapmoe"
+    learns = True
     decides = True
     ahead = 1
 

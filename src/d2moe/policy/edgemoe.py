@@ -34,6 +34,7 @@ LOW_SHARE = 0.25
 
 class EdgeMoE(WholeExperts):
     name = "edgemoe"
+    learns = True
     decides = True
     ahead = 1
 

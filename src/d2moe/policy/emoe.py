@@ -25,6 +25,7 @@ SET_SHARE = 0.5
 
 class EMoE(WholeExperts):
     name = "emoe"
+    learns = True
 
     def __init__(self, ledger: Ledger, top_k: int):
         super().__init__(ledger, top_k)

@@ -24,20 +24,28 @@ F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
 
+def policy_class(name: str) -> type[Policy]:
+    """The class of this name; ConfigError if there is none."""
+    if name not in POLICIES:
+        raise ConfigError(f"policy is {name!r}, expected one of {', '.join(POLICIES)}")
+    module, kind = POLICIES[name].split(":")
+    found: type[Policy] = getattr(import_module(module), kind)
+    return found
+
+
 def make(name: str, ledger: Ledger, top_k: int, *, learn: Trace | None = None, future: Trace | None = None) -> Policy:
     """The policy of this name over `ledger`; `learn` is a trace to learn from, `future` what will be replayed (simulation).
 
     ConfigError for a name that does not exist, or a policy that needs the future where there is none.
     """
-    if name not in POLICIES:
-        raise ConfigError(f"policy is {name!r}, expected one of {', '.join(POLICIES)}")
-    module, kind = POLICIES[name].split(":")
-    made: Policy = getattr(import_module(module), kind)(ledger, top_k)
+    made = policy_class(name)(ledger, top_k)
     if made.needs_future:
         if future is None:
             raise ConfigError(f'policy {name} must know the future, so it exists in simulation only; use "d2moe simulate"')
         made.foresee(future)
     if learn is not None:
+        if not made.learns:
+            raise ConfigError(f"policy {name} learns nothing beforehand; leave the trace to learn from out")
         learn.check(ledger.layers, ledger.experts, top_k, "the model")
         made.learn(learn)
     return made
@@ -51,13 +59,15 @@ class Policy:
     """Whether it must see every layer call before it is computed. Else only calls with something missing come to Python."""
     ahead: ClassVar[int] = 0
     """How many next layers' routers are applied to this layer's input for it."""
+    learns: ClassVar[bool] = False
+    """Whether a recorded trace is of use to it beforehand."""
     needs_future: ClassVar[bool] = False
 
     def __init__(self, ledger: Ledger, top_k: int):
         self.ledger, self.top_k = ledger, top_k
 
     def learn(self, trace: Trace) -> None:
-        """Take what can be learned beforehand from a recorded run; nothing by default."""
+        """Take what can be learned beforehand from a recorded run."""
 
     def foresee(self, trace: Trace) -> None:
         """Told before a replay what will be replayed."""
@@ -88,7 +98,8 @@ class WholeExperts(Policy):
         self.last = np.full((ledger.layers, ledger.experts), -1, np.int64)
         """Number of the layer call that last wanted each expert."""
         self.pinned: set[tuple[int, int]] = set()
-        """(layer, expert) that must stay whatever they are worth."""
+        """(layer, expert) that no read ahead may evict; a layer's own reads take them last."""
+        self._reading_ahead = False
         ledger.rank = self._rank
 
     def worth(self, layer: int) -> F64:
@@ -98,7 +109,7 @@ class WholeExperts(Policy):
     def _rank(self, layer: int) -> F64:
         worth = self.worth(layer)
         for pin in self.pinned:
-            worth[pin] = np.inf
+            worth[pin] = np.inf if self._reading_ahead else 1e300
         return worth
 
     def use(self, layer: int, ids: I32, bits: I32) -> None:
@@ -122,7 +133,7 @@ class WholeExperts(Policy):
         ledger = self.ledger
         wanted = [e for e in experts if ledger.width[target, e] < bits]
         here = {(layer, int(e)) for e in np.flatnonzero(self.last[layer] == self.calls - 1)}
-        pinned, self.pinned = self.pinned, self.pinned | here
+        pinned, self.pinned, self._reading_ahead = self.pinned, self.pinned | here, True
         try:
             while wanted:
                 total = sum(int(ledger.prefix_bytes[bits] - ledger.prefix_bytes[ledger.width[target, e]]) for e in wanted)
@@ -131,7 +142,7 @@ class WholeExperts(Policy):
                     break
                 wanted.pop()
         finally:
-            self.pinned = pinned
+            self.pinned, self._reading_ahead = pinned, False
         if not wanted:
             return None
         assert freed is not None

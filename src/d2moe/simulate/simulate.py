@@ -191,7 +191,8 @@ def simulate(
     learn: Trace | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
-    """Replay `trace` with `memory_bytes` for experts; `bits` replaces the widths that were asked for.
+    """Replay `trace` with `memory_bytes` for experts; `bits` replaces the widths that were asked for, `learn` is for policies that
+    learn beforehand.
 
     MemoryBudgetError if the memory does not hold one expert, ConfigError for a policy that does not exist.
     """
