@@ -185,7 +185,7 @@ def run(capsys):
     return call
 
 
-def test_trace_and_simulate_on_the_command_line(run, tmp_path):
+def test_trace_and_simulate_on_the_command_line(run, tmp_path, monkeypatch):
     path = str(tmp_path / "t.npz")
     code, out, _ = run("trace", "builtin", "--synthetic", "--tokens", "20", "--prompt-tokens", "8", "--sequences", "2", "--out", path)
     assert code == 0 and "22 steps, 56 tokens, 4 layers" in out and "by chance 12 %" in out
@@ -209,6 +209,9 @@ def test_trace_and_simulate_on_the_command_line(run, tmp_path):
         code, _, err = run(*arguments)
         assert code == 1 and message in err and "Traceback" not in err, err
     assert run("simulate", path, "--device", "io=1GB,memory=1GB")[0] == 2
+    assert run("simulate", path)[0] == 2
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    assert 'run "d2moe profile builtin"' in run("simulate", path, "--model", "builtin")[2]
     assert run("trace", "builtin", "--out", path)[0] == 2
 
 

@@ -128,8 +128,8 @@ def _made_up(path: Path, prompt_tokens: int, tokens: int, sequences: int, bits: 
     "May be given several times [default: 25%, 35%, 50%, 75%]."
 )
 @click.option("--bits", type=click.IntRange(BASE_BITS, MAX_BITS), help="Width instead of the trace's own.")
-@click.option("--device", required=True, help="A profile's file, or bandwidths as io=1.2GB,memory=30GB.")
-@click.option("--model", help="Model of the trace, for --device by bandwidths: a converted model or a config.json.")
+@click.option("--device", help="A profile's file, or bandwidths as io=1.2GB,memory=30GB [default: this device's profile with --model].")
+@click.option("--model", help="Model of the trace: a converted model, or a config.json for --device by bandwidths.")
 @click.option("--learn", type=click.Path(exists=True, dir_okay=False), help="A trace that policies may learn from beforehand.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line instead of a table.")
 def simulate(
@@ -137,7 +137,7 @@ def simulate(
     policies: tuple[str, ...],
     memories: tuple[str, ...],
     bits: int | None,
-    device: str,
+    device: str | None,
     model: str | None,
     learn: str | None,
     as_json: bool,
@@ -207,10 +207,19 @@ def _row(result: Any) -> tuple[str, ...]:
     )
 
 
-def _device(text: str, model: str | None) -> Any:
+def _device(text: str | None, model: str | None) -> Any:
+    from d2moe.container import Container
+    from d2moe.evaluate.profile import known_profile
     from d2moe.simulate.device import Device, parse_rates
     from d2moe.simulate.facts import model_facts
 
+    if text is None:
+        if model is None:
+            raise click.UsageError("give --device, or --model with a profile of this device")
+        found = known_profile(Container.open(model_path(model)))
+        if found is None:
+            raise ConfigError(f'this device has no profile with {model}; run "d2moe profile {model}", or give --device')
+        return found
     if parse_rates(text) is None:
         if not Path(text).is_file():
             raise ConfigError(f"device is {text!r}, expected a profile's file, or two bandwidths as io=1.2GB,memory=30GB")
