@@ -59,6 +59,8 @@ def trace(
       d2moe trace Qwen3-30B-A3B/config.json --synthetic --sequences 4 --out made-up.npz
     """
     path = model_path(model)
+    if not Path(out).absolute().parent.is_dir():  # said now, not after the run
+        raise ConfigError(f"{out} cannot be written: there is no folder {Path(out).absolute().parent}")
     if not synthetic and (sequences, zipf, again) != (1, 1.0, 0.48):
         raise click.UsageError("--sequences, --zipf and --again are for made-up traces; add --synthetic")
     if synthetic:
