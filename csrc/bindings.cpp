@@ -157,6 +157,14 @@ struct PyExperts {
   void evict(In<int32_t> moves) { each(moves, [&](int64_t l, int64_t e, int b) { executor.evict(l, e, b); }); }
   void read(In<int32_t> moves) { each(moves, [&](int64_t l, int64_t e, int b) { executor.read(l, e, b); }); }
 
+  // int64 [n, 8]: kind, layer, expert, from, to, lane, begin and end in nanoseconds of the steady clock.
+  auto take_events() {
+    auto* kept = new std::vector<Event>(executor.take_events());
+    nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<Event>*>(p); });
+    static_assert(sizeof(Event) == 8 * sizeof(int64_t));
+    return nb::ndarray<nb::numpy, int64_t, nb::c_contig>(kept->data(), {kept->size(), 8}, owner);
+  }
+
   template <class F> void each(In<int32_t>& moves, F f) {
     expect(moves.ndim() == 2 && moves.shape(1) == 3, "moves is int32 [n, 3]: layer, expert, bits");
     const int32_t* p = moves.data();
@@ -254,6 +262,43 @@ struct PyProgram {
     return out;
   }
 
+  void pause(const std::string& when) {
+    using Pause = Program::Pause;
+    expect(when == "missing" || when == "watch" || when == "decide", "a program pauses where experts are missing, to watch or to decide");
+    program.pause(when == "missing" ? Pause::missing : when == "watch" ? Pause::watch : Pause::decide);
+  }
+
+  void choose(In<int32_t> widths, std::optional<In<float>> gates) {
+    const int64_t pairs = program.waiting() * program.shape().top_k;
+    expect_size(widths, pairs, "bits");
+    if (gates) expect_size(*gates, pairs, "gates");
+    for (int64_t i = 0; i < pairs; ++i) {
+      const int32_t b = widths.data()[i];
+      expect(b == 0 || (b >= kBaseBits && b <= kMaxBits), "bits are from 2 to 8, or 0");
+    }
+    program.choose(widths.data(), gates ? gates->data() : nullptr);
+  }
+
+  // int32 [waiting, ahead, top_k]
+  auto forecast(int64_t ahead) {
+    expect(ahead >= 0, "ahead is not negative");
+    const size_t rows = size_t(program.waiting()), k = size_t(program.shape().top_k);
+    auto* kept = new std::vector<int32_t>(rows * size_t(ahead) * k);
+    nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<int32_t>*>(p); });
+    {
+      nb::gil_scoped_release free;
+      program.forecast(ahead, kept->data());
+    }
+    return nb::ndarray<nb::numpy, int32_t, nb::c_contig>(kept->data(), {rows, size_t(ahead), k}, owner);
+  }
+
+  // A copy of float32 [waiting, cols].
+  static auto copied(const float* data, int64_t rows, int64_t cols) {
+    auto* kept = new std::vector<float>(data, data + rows * cols);
+    nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<float>*>(p); });
+    return nb::ndarray<nb::numpy, float, nb::c_contig>(kept->data(), {size_t(rows), size_t(cols)}, owner);
+  }
+
   void logits(Array<float> out) {
     expect_room(out, program.rows() * program.shape().vocab, "out");
     nb::gil_scoped_release free;
@@ -318,6 +363,8 @@ NB_MODULE(_native, m) {
       .def("evict", &PyExperts::evict)
       .def("read", &PyExperts::read)
       .def("abandon", [](PyExperts& e) { e.executor.abandon(); }, nb::call_guard<nb::gil_scoped_release>())
+      .def("log", [](PyExperts& e, bool on) { e.executor.log(on); }, "on"_a)
+      .def("take_events", &PyExperts::take_events)
       .def_prop_ro("direct", [](const PyExperts& e) { return e.executor.direct(); })
       .def_prop_ro("counters", [](const PyExperts& e) {
         const ExecutorCounters& c = e.executor.counters();
@@ -335,6 +382,11 @@ NB_MODULE(_native, m) {
       .def("run", &PyProgram::run)
       .def("compute", &PyProgram::compute)
       .def("take_notes", &PyProgram::take_notes)
+      .def("pause", &PyProgram::pause, "when"_a)
+      .def("choose", &PyProgram::choose, "bits"_a, "gates"_a.none() = nb::none())
+      .def("forecast", &PyProgram::forecast, "ahead"_a)
+      .def_prop_ro("held", [](const PyProgram& p) { return p.program.held(); })
+      .def_prop_ro("gates", [](const PyProgram& p) { return p.copied(p.program.gates(), p.program.waiting(), p.program.shape().top_k); }, nb::rv_policy::automatic)
       .def("logits", &PyProgram::logits)
       .def("abandon", [](PyProgram& p) { p.program.abandon(); }, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("wanted_bytes", [](const PyProgram& p) { return p.program.wanted_bytes(); })

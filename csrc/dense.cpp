@@ -59,13 +59,17 @@ void multiply(Runtime& rt, const std::vector<Product>& products) {
 }
 
 void route(Runtime& rt, const RouterWeights& w, int64_t tokens, const float* x, float* h, int32_t* ids, float* gates) {
+  rt.pool.parallel_for(tokens, 4, [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t) rms_norm(*rt.table, x + t * w.hidden, w.norm, w.eps, w.hidden, h + t * w.hidden);
+  });
+  pick(rt, w, tokens, h, ids, gates);
+}
+
+void pick(Runtime& rt, const RouterWeights& w, int64_t tokens, const float* h, int32_t* ids, float* gates) {
   ScratchScope scope(rt.scratch);
   const KernelTable& k = *rt.table;
   const int64_t hidden = w.hidden, experts = w.experts;
   float* logits = rt.scratch.get<float>(tokens * experts);
-  rt.pool.parallel_for(tokens, 4, [&](int64_t begin, int64_t end, int) {
-    for (int64_t t = begin; t < end; ++t) rms_norm(k, x + t * hidden, w.norm, w.eps, hidden, h + t * hidden);
-  });
   rt.pool.parallel_for(tokens * experts, 16, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i)
       logits[i] = k.dot_f32(w.weight + i % experts * hidden, h + i / experts * hidden, hidden);

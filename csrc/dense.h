@@ -70,6 +70,8 @@ struct RouterWeights {
 };
 
 // h = norm(x); top_k experts by softmax of weight * h: ids and gates [tokens, top_k], largest first, ties by index.
+// The choice alone: logits of h, experts and gates.
+void pick(Runtime& rt, const RouterWeights& w, int64_t tokens, const float* h, int32_t* ids, float* gates);
 void route(Runtime& rt, const RouterWeights& w, int64_t tokens, const float* x, float* h, int32_t* ids, float* gates);
 
 struct FeedForwardWeights {

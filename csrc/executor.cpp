@@ -71,6 +71,8 @@ void Executor::read(int64_t layer, int64_t expert, int bits) {
   }
   e.request = std::move(r);
   ++on_their_way_;
+  counters_.read_bytes += e.request->bytes;
+  ++counters_.reads;
   reader_.submit(e.request.get());
 }
 
@@ -85,11 +87,12 @@ bool Executor::settle(int64_t layer, int64_t expert) {
   const std::unique_ptr<ReadRequest> r = std::move(e.request);
   --on_their_way_;
   if (!r->error && r->done_bytes == r->bytes) {
+    if (logging_) events_.push_back({Event::read, layer, expert, e.settled, e.width, r->lane, r->begin_ns, r->end_ns});
     e.settled = e.width;
-    counters_.read_bytes += r->bytes;
-    ++counters_.reads;
     return true;
   }
+  counters_.read_bytes -= r->bytes;
+  --counters_.reads;
   const int had = e.settled, wanted = e.width;
   evict(layer, expert, had);
   throw StorageFailure(reader_.path(r->file) + ": expert " + std::to_string(expert) + ", bits " + std::to_string(had + 1) +
@@ -132,6 +135,7 @@ int64_t Executor::wanted_bytes(int64_t pairs, const int32_t* ids, const int32_t*
   int64_t bytes = 0;
   for (int64_t i = 0; i < pairs; ++i) {
     int32_t& widest = widest_[size_t(ids[i])];
+    if (!bits[i]) continue;
     if (!widest) bytes += shape_.base_bytes, widest = kBaseBits;
     if (bits[i] > widest) bytes += (bits[i] - widest) * shape_.plane_bytes, widest = bits[i];
   }
@@ -144,7 +148,7 @@ void Executor::begin(int64_t layer, int64_t tokens, int64_t top_k, const float* 
   if (layer_ >= 0) throw std::logic_error("begin: the layer before was not finished");
   const int64_t pairs = tokens * top_k;
   for (int64_t i = 0; i < pairs; ++i)
-    if (ids[i] < 0 || ids[i] >= shape_.experts || bits[i] < kBaseBits || bits[i] > kMaxBits)
+    if (ids[i] < 0 || ids[i] >= shape_.experts || (bits[i] && bits[i] < kBaseBits) || bits[i] > kMaxBits)
       throw std::invalid_argument("begin: expert " + std::to_string(ids[i]) + " at " + std::to_string(bits[i]) +
                                   " bits does not exist");
   mark_ = rt_.scratch.mark();
@@ -155,7 +159,8 @@ void Executor::begin(int64_t layer, int64_t tokens, int64_t top_k, const float* 
   constexpr int64_t kWidths = kMaxBits - kBaseBits + 1;
   std::vector<int64_t> count(size_t(shape_.experts * kWidths + 1), 0);
   const auto key = [&](int64_t i) { return size_t(ids[i] * kWidths + bits[i] - kBaseBits); };
-  for (int64_t i = 0; i < pairs; ++i) ++count[key(i) + 1];
+  for (int64_t i = 0; i < pairs; ++i)
+    if (bits[i]) ++count[key(i) + 1];
   groups_.clear();
   for (size_t k = 0; k + 1 < count.size(); ++k) {
     const int64_t n = count[k + 1];
@@ -165,6 +170,8 @@ void Executor::begin(int64_t layer, int64_t tokens, int64_t top_k, const float* 
   row_of_pair_.resize(size_t(pairs));
   pair_at_.resize(size_t(pairs));
   for (int64_t i = 0; i < pairs; ++i) {
+    row_of_pair_[size_t(i)] = -1;
+    if (!bits[i]) continue;
     const int64_t row = count[key(i)]++;
     row_of_pair_[size_t(i)] = row;
     pair_at_[size_t(row)] = i;
@@ -207,11 +214,16 @@ void Executor::compute(const int32_t* wanted, int64_t count) {
       if (ready.empty()) {
         const int64_t begin = now_ns();
         reader_.wait(seen);
-        counters_.stall_ns += now_ns() - begin;
+        const int64_t end = now_ns();
+        counters_.stall_ns += end - begin;
+        if (logging_) events_.push_back({Event::wait, layer_, -1, 0, 0, 0, begin, end});
       } else {
         const int64_t begin = now_ns();
         compute_groups(ready);
-        counters_.compute_ns += now_ns() - begin;
+        const int64_t end = now_ns();
+        counters_.compute_ns += end - begin;
+        if (logging_)
+          for (const Group* g : ready) events_.push_back({Event::compute, layer_, g->expert, 0, g->bits, 0, begin, end});
       }
     }
   } catch (...) {
@@ -290,7 +302,9 @@ void Executor::finish(const float* gates, float* x) {
       std::fill(sum, sum + width, 0.0f);
       for (int64_t k = 0; k < top_k_; ++k) { // in the router's order, whatever order they were computed in
         const float gate = gates[t * top_k_ + k];
-        const float* out = out_ + row_of_pair_[size_t(t * top_k_ + k)] * hidden + first;
+        const int64_t row = row_of_pair_[size_t(t * top_k_ + k)];
+        if (row < 0) continue;
+        const float* out = out_ + row * hidden + first;
         for (int64_t i = 0; i < width; ++i) sum[i] += gate * out[i];
       }
       for (int64_t i = 0; i < width; ++i) x[t * hidden + first + i] += sum[i];

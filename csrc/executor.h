@@ -7,6 +7,7 @@
 
 #include <memory>
 #include <stdexcept>
+#include <utility>
 
 namespace d2moe {
 
@@ -28,6 +29,13 @@ struct ExecutorCounters {
   int64_t read_bytes = 0, reads = 0, stall_ns = 0, compute_ns = 0, calls = 0;
 };
 
+// What happened when, for a timeline: a read of bits `from` to `to` of an expert, an expert's arithmetic at `to` bits (those that were
+// computed together share their times), or a wait for reads with nothing to compute.
+struct Event {
+  enum Kind : int64_t { read, compute, wait };
+  int64_t kind, layer, expert, from, to, lane, begin_ns, end_ns;
+};
+
 class Executor {
 public:
   // paths[l], offsets[l]: file of layer l and where its first record begins.
@@ -47,7 +55,7 @@ public:
   // Starts reading planes so that the expert has `bits`; returns at once.
   void read(int64_t layer, int64_t expert, int bits);
 
-  // One layer's experts on `tokens` rows of h; begin, then any number of compute waves, then finish.
+  // One layer's experts on `tokens` rows of h; begin, then any number of compute waves, then finish. Choices of 0 bits are left out.
   void begin(int64_t layer, int64_t tokens, int64_t top_k, const float* h, const int32_t* ids, const int32_t* bits);
   // Computes the pairs of the given experts (all if count is 0): what is resident first, then as reads arrive.
   void compute(const int32_t* experts, int64_t count);
@@ -56,6 +64,9 @@ public:
 
   // Forgets a layer that was begun and will not be finished; waits for what is on its way.
   void abandon();
+
+  void log(bool on) { logging_ = on; }
+  std::vector<Event> take_events() { return std::exchange(events_, {}); } // since the last call, while logging
 
   const ExecutorCounters& counters() const { return counters_; }
   bool direct() const { return reader_.direct(); }
@@ -91,6 +102,8 @@ private:
   Reader reader_;
   ExecutorCounters counters_;
   int64_t on_their_way_ = 0;
+  bool logging_ = false;
+  std::vector<Event> events_;
 
   // Between begin and finish:
   int64_t layer_ = -1, tokens_ = 0, top_k_ = 0, mark_ = 0;

@@ -104,15 +104,17 @@ int64_t Program::run() {
       route(rt_, *layer.router, tokens_, x, h, ids(layer.moe_index), gates_.data());
       routed_ = true;
       wanted_bytes_ += experts_.wanted_bytes(tokens_ * shape_.top_k, ids(layer.moe_index), wide_.data());
-      if (!experts_.holds(layer.moe_index, tokens_ * shape_.top_k, ids(layer.moe_index), wide_.data())) {
+      held_ = pause_ != Pause::decide && experts_.holds(layer.moe_index, tokens_ * shape_.top_k, ids(layer.moe_index), wide_.data());
+      if (held_)
+        note(layer.moe_index);
+      else
         noting_ = false;
-        return layer.moe_index;
-      }
-      note(layer.moe_index);
+      if (!held_ || pause_ != Pause::missing) return layer.moe_index;
     }
     if (!experts_.begun()) open();
     experts_.compute(nullptr, 0);
     experts_.finish(gates_.data(), x);
+    chosen_.clear();
     routed_ = false;
   }
   return -1;
@@ -139,9 +141,34 @@ void Program::compute(const int32_t* experts, int64_t count) {
   experts_.compute(experts, count);
 }
 
+void Program::choose(const int32_t* bits, const float* gates) {
+  if (!routed_ || experts_.begun()) throw std::logic_error("choose: no layer is waiting that has not begun");
+  const int64_t pairs = tokens_ * shape_.top_k;
+  const int32_t* ids_of = ids(layers_[next_].moe_index);
+  wanted_bytes_ -= experts_.wanted_bytes(pairs, ids_of, chosen_.empty() ? wide_.data() : chosen_.data());
+  chosen_.assign(bits, bits + pairs);
+  wanted_bytes_ += experts_.wanted_bytes(pairs, ids_of, chosen_.data());
+  if (gates) std::copy_n(gates, pairs, gates_.data());
+}
+
+void Program::forecast(int64_t ahead, int32_t* out) {
+  const int64_t k = shape_.top_k, tokens = waiting();
+  std::fill_n(out, tokens * ahead * k, -1);
+  std::vector<int32_t> ids(size_t(tokens * k));
+  std::vector<float> gates(ids.size());
+  int64_t step = 0;
+  for (size_t l = next_ + 1; l < layers_.size() && step < ahead && tokens; ++l) {
+    if (!layers_[l].router) continue;
+    if (l + 1 == layers_.size() && int64_t(rows_.size()) != tokens) break;
+    pick(rt_, *layers_[l].router, tokens, h_.data(), ids.data(), gates.data());
+    for (int64_t t = 0; t < tokens; ++t) std::copy_n(ids.data() + t * k, k, out + (t * ahead + step) * k);
+    ++step;
+  }
+}
+
 void Program::open() {
   const Layer& layer = layers_[next_];
-  experts_.begin(layer.moe_index, tokens_, shape_.top_k, h_.data(), ids(layer.moe_index), wide_.data());
+  experts_.begin(layer.moe_index, tokens_, shape_.top_k, h_.data(), ids(layer.moe_index), chosen_.empty() ? wide_.data() : chosen_.data());
   // The shared expert is computed while the first planes are on their way.
   if (layer.feed_forward) feed_forward(rt_, *layer.feed_forward, tokens_, h_.data(), x_.data());
 }
@@ -154,6 +181,7 @@ void Program::logits(float* out) {
 
 void Program::abandon() {
   if (experts_.begun()) experts_.abandon();
+  chosen_.clear();
   routed_ = false;
   next_ = layers_.size();
 }

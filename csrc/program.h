@@ -34,6 +34,17 @@ public:
   int64_t run();
   // For a layer that does not fit at once: computes these experts of it; run computes the rest.
   void compute(const int32_t* experts, int64_t count);
+  // Where run comes back: at layers whose experts are not all there; or at every MoE layer, to be watched or to be decided on.
+  enum class Pause { missing, watch, decide };
+  void pause(Pause when) { pause_ = when; }
+  bool held() const { return held_; } // whether the layer that run came back at has all its experts, which was noted
+  // For the layer that waits: other widths [tokens, top_k], 0 leaving an expert out, and other gates, unless null.
+  void choose(const int32_t* bits, const float* gates);
+  const float* gates() const { return gates_.data(); } // [waiting, top_k] of the layer that waits
+  int64_t waiting() const { return routed_ ? tokens_ : 0; }
+  // out [waiting, ahead, top_k]: experts that the routers of the next MoE layers choose for the input of the one that waits, by
+  // falling weight; -1 past the last one, and where that sees fewer tokens.
+  void forecast(int64_t ahead, int32_t* out);
   // logits [count, vocab] of the rows of the finished step.
   void logits(float* out);
   void abandon(); // forgets the step in progress
@@ -83,6 +94,9 @@ private:
   std::vector<float> x_, h_, gates_, cosine_, sine_;
   std::vector<int32_t> position_, sequence_, tables_, rows_;
   std::vector<int32_t> wide_; // bits of the tokens that are left, [tokens, top_k]
+  std::vector<int32_t> chosen_; // those of the waiting layer where they differ
+  Pause pause_ = Pause::missing;
+  bool held_ = false;
   int64_t tokens_ = 0, table_blocks_ = 0;
   size_t next_ = 0;     // the layer that comes next
   bool routed_ = false; // its attention and router have run, its experts have not

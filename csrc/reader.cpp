@@ -1,12 +1,20 @@
 #include "reader.h"
 
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <fcntl.h>
 #include <stdexcept>
 #include <unistd.h>
 
 namespace d2moe {
+namespace {
+
+int64_t steady_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+} // namespace
 
 Reader::Reader(const std::vector<std::string>& paths, bool direct, int depth) : paths_(paths), direct_(direct) {
   for (const std::string& path : paths_) {
@@ -27,7 +35,7 @@ Reader::Reader(const std::vector<std::string>& paths, bool direct, int depth) : 
     }
     files_.push_back(fd);
   }
-  for (int i = 0; i < depth; ++i) threads_.emplace_back([this] { work(); });
+  for (int i = 0; i < depth; ++i) threads_.emplace_back([this, i] { work(i); });
 }
 
 Reader::~Reader() {
@@ -53,7 +61,7 @@ void Reader::wait(uint64_t seen) {
   done_.wait(lock, [&] { return finished_.load(std::memory_order_acquire) != seen; });
 }
 
-void Reader::work() {
+void Reader::work(int lane) {
   for (;;) {
     ReadRequest* request;
     {
@@ -63,7 +71,10 @@ void Reader::work() {
       request = queue_.front();
       queue_.pop_front();
     }
+    request->lane = lane;
+    request->begin_ns = steady_ns();
     read(*request);
+    request->end_ns = steady_ns();
     {
       std::lock_guard<std::mutex> lock(mutex_);
       request->done.store(true, std::memory_order_release);

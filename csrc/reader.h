@@ -22,6 +22,8 @@ struct ReadRequest {
   int piece_count = 0;
   int error = 0;          // errno; 0 with done < bytes means the file ended early
   int64_t done_bytes = 0; // what arrived
+  int lane = 0;                             // the thread that read it
+  int64_t begin_ns = 0, end_ns = 0;         // of the read itself, by the steady clock
   std::atomic<bool> done{false};
 };
 
@@ -42,7 +44,7 @@ public:
   const std::string& path(int file) const { return paths_[size_t(file)]; }
 
 private:
-  void work();
+  void work(int lane);
   void read(ReadRequest& request) const;
 
   std::vector<std::string> paths_;

@@ -40,5 +40,9 @@ class StoppingError(D2MoeError):
     """The engine is being stopped and takes nothing new."""
 
 
+class TraceError(D2MoeError):
+    """A recorded trace is corrupt, of another version, or of another model than it is used with."""
+
+
 class RequestError(D2MoeError):
     """A request cannot be served: empty prompt, prompt longer than the context, a width outside the file."""

@@ -8,7 +8,16 @@ from typing import Any
 
 import click
 
-from d2moe.cli.shared import CONTEXT_OPTION, engine_options, model_path, open_model, print_json, print_table, read_text
+from d2moe.cli.shared import (
+    CONTEXT_OPTION,
+    announce,
+    engine_options,
+    model_path,
+    open_model,
+    print_json,
+    print_table,
+    read_text,
+)
 
 
 @click.command()
@@ -135,6 +144,7 @@ def bench(
     content = read_text(text) if text is not None else TEXT
     path = model_path(model)
     with contextlib.closing(open_model(path, engine)) as m:
+        announce(m)
         prompt = prompt_of(m, prompt_tokens, content)
         with Bar(f"bench of {path.name}", light=True) as bar:
             found = measure(m, prompt, generate=generate, repeats=repeats, explain=explain, progress=bar)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from d2moe.cli.shared import CONTEXT_OPTION, engine_options, model_path, open_model, seed_of
+from d2moe.cli.shared import CONTEXT_OPTION, ENGINE_NAMES, announce, engine_options, model_path, open_model, seed_of
 from d2moe.errors import RequestError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def run(model: str | None, prompt: str | None, chat: bool | None, report: bool, 
     """
     if model is not None and prompt is None and model != "builtin" and not Path(model).exists() and " " in model:
         model, prompt = None, model  # one argument with spaces that is no path is a prompt
-    engine = {k: options.pop(k) for k in ("memory", "expert_memory", "bits", "context", "threads")}
+    engine = {k: options.pop(k) for k in ENGINE_NAMES}
     values = {k: v for k, v in options.items() if v is not None and v is not False and v != ()}
     values |= seed_of(values.get("seed"))
     from d2moe.runtime.sampling import SamplingParams
@@ -67,6 +67,8 @@ def run(model: str | None, prompt: str | None, chat: bool | None, report: bool, 
         if not prompt:
             raise RequestError("the prompt is empty: nothing came from stdin; give PROMPT or pipe text in")
     with contextlib.closing(open_model(model_path(model), engine)) as m:
+        if report:
+            announce(m)
         use_chat = m.tokenizer.has_chat if chat is None else chat
         if prompt is None:
             _converse(m, use_chat, values, report)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from d2moe.errors import ConfigError, ContainerError, RequestError
+from d2moe.policy import POLICIES
 from d2moe.types import BASE_BITS, MAX_BITS
 
 if TYPE_CHECKING:
@@ -34,6 +35,15 @@ ENGINE_OPTIONS = [
         type=click.Choice(["f16", "q8"]),
         help="Keys and values in two bytes each or in one: half the memory, faster on long contexts [default: f16].",
     ),
+    click.option(
+        "--policy",
+        type=click.Choice(list(POLICIES)),
+        help="Which experts are read, kept and computed; see docs/policies.md [default: hebf].",
+    ),
+    click.option("--learn", metavar="TRACE", help="A trace that the policy may learn from beforehand (d2moe trace)."),
+    click.option(
+        "--timeline", metavar="FILE", help="Write reads, arithmetic and waits as a trace for ui.perfetto.dev or chrome://tracing."
+    ),
     click.option("--threads", type=click.IntRange(min=1), help="Threads [default: all CPUs this process may use]."),
 ]
 
@@ -44,6 +54,9 @@ CONTEXT_OPTION = click.option(
     metavar="TOKENS",
     help="Tokens a sequence may hold [default: the model's, to 4096].",
 )
+
+ENGINE_NAMES = ("memory", "expert_memory", "bits", "dense_bits", "kv", "policy", "learn", "timeline", "threads", "context")
+"""Parameters that `ENGINE_OPTIONS` and `CONTEXT_OPTION` give to a command."""
 
 
 def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,17 +84,45 @@ def open_model(path: Path, options: dict[str, Any]) -> Model:
     """Load the model in `path` with those engine options that were given."""
     from d2moe.cli.progress import Bar
     from d2moe.container import Container
+    from d2moe.evaluate.profile import known_profile
     from d2moe.runtime.config import EngineConfig
     from d2moe.runtime.engine import Engine
     from d2moe.runtime.generate import Model
     from d2moe.runtime.tokenizer import Tokenizer
 
-    config = EngineConfig.from_options(**{k: v for k, v in options.items() if v is not None})
+    given = {k: v for k, v in options.items() if v is not None}
+    EngineConfig.from_options(**given)  # refuse a bad value before anything is opened
     if not (path / "tokenizer.json").is_file():
         Container.open(path)  # says better what is wrong with something that is no container at all
     tokenizer = Tokenizer.load(path)
+    profile = known_profile(Container.open(path), given.get("threads"))
+    chosen = {k: profile.facts["chosen"][k] for k in ("direct", "read_depth")} if profile else {}
+    config = EngineConfig.from_options(**{**chosen, **given})
     with Bar(f"loading {path.name}", light=True) as bar:
         return Model(Engine.load(path, config, bar), tokenizer)
+
+
+def announce(model: Model) -> None:
+    """What the engine chose and why, on stderr."""
+    from d2moe.evaluate.profile import known_profile
+    from d2moe.runtime.config import show_bytes
+
+    engine: Any = model.engine
+    container = getattr(engine, "container", None)
+    if container is None:
+        return
+    about = engine.describe()
+    bits, experts = engine.config.bits, about["budget"]["experts"]
+    whole = len(container.moe_layers) * container.experts * container.record.prefix_bytes(bits)
+    profile = known_profile(container, engine.config.threads)
+    how = "past the page cache" if about["direct"] else "through the page cache"
+    why = profile.facts["chosen"]["why"] if profile else f'not measured yet, "d2moe profile {container.path.name}" does'
+    fits = "all experts fit" if experts >= whole else f"{show_bytes(experts)} for {show_bytes(whole)} of experts"
+    click.echo(
+        f"{container.path.name}: {bits} bits, {fits}; kernels {about['kernels']}, {about['threads']} threads; policy {about['policy']}; "
+        f"reads {how}, {about['read_depth']} in flight ({why})",
+        err=True,
+    )
 
 
 def read_text(path: str) -> str:

@@ -168,6 +168,7 @@ class Program:
         self.rope_scale, self.ids, self.bits = facts["rope_scale"], facts["ids"], facts["bits"]
         self.layers: list[tuple[Attention, Router | None, FeedForward | None, int]] = []
         self.next, self.routed, self.wanted_bytes = 0, False, 0
+        self.when, self.held = "missing", False
         self.notes: list[tuple[int, I32, I32]] = []
 
     def add_layer(self, attention: Attention, router: Router | None, feed_forward: FeedForward | None) -> None:
@@ -199,21 +200,49 @@ class Program:
                     continue
                 self.h, self.ids[moe, :n], self.gates = router.forward(self.x)
                 self.routed, self.begun = True, False
-                widest = np.zeros(self.experts.f["experts"], np.int32)
-                np.maximum.at(widest, self.ids[moe, :n].reshape(-1), self.wide.reshape(-1))
+                self.chosen = self.wide
+                widest = self.widest(moe)
                 self.wanted_bytes += sum(self.experts.prefix_bytes(int(bits)) for bits in widest)
-                if any(self.experts.width(moe, int(expert)) < widest[expert] for expert in np.flatnonzero(widest)):
+                missing = any(self.experts.width(moe, int(e)) < widest[e] for e in np.flatnonzero(widest))
+                self.held = self.when != "decide" and not missing
+                if self.held:
+                    self.notes.append((moe, self.ids[moe : moe + 1, :n].copy(), self.wide.copy()))
+                if not self.held or self.when != "missing":
                     return moe
-                self.notes.append((moe, self.ids[moe : moe + 1, :n].copy(), self.wide.copy()))
             self.compute(None)
             self.experts.finish(self.gates, self.x)
             self.next, self.routed = self.next + 1, False
         return -1
 
+    def widest(self, moe: int) -> I32:
+        """The most bits that the layer's choices ask of each expert."""
+        widest = np.zeros(self.experts.f["experts"], np.int32)
+        np.maximum.at(widest, self.ids[moe, : len(self.x)].reshape(-1), self.chosen.reshape(-1))
+        return widest
+
+    def pause(self, when: str) -> None:
+        self.when = when
+
+    def forecast(self, ahead: int) -> I32:
+        out = np.full((len(self.h), ahead, self.ids.shape[2]), -1, np.int32)
+        later = [(n, router) for n, (_, router, _, _) in enumerate(self.layers) if n > self.next and router is not None]
+        for step, (n, router) in enumerate(later[:ahead]):
+            if n + 1 == len(self.layers) and len(self.rows) != len(self.h):
+                break
+            out[:, step] = np.argsort(-(self.h @ router.weight.T), axis=1, kind="stable")[:, : router.top_k]
+        return out
+
+    def choose(self, bits: I32, gates: F32 | None = None) -> None:
+        moe = self.layers[self.next][3]
+        before = sum(self.experts.prefix_bytes(int(b)) for b in self.widest(moe))
+        self.chosen = bits.copy()
+        self.wanted_bytes += sum(self.experts.prefix_bytes(int(b)) for b in self.widest(moe)) - before
+        self.gates = self.gates if gates is None else gates.copy()
+
     def compute(self, experts: I32 | None) -> None:
         _, _, feed_forward, moe = self.layers[self.next]
         if not self.begun:
-            self.experts.begin(moe, self.h, self.ids[moe, : len(self.x)], self.wide)
+            self.experts.begin(moe, self.h, self.ids[moe, : len(self.x)], self.chosen)
             if feed_forward is not None:
                 feed_forward.forward(self.runtime, self.h, self.x)
             self.begun = True
@@ -267,12 +296,13 @@ class Experts:
     def begin(self, layer: int, h: F32, ids: I32, bits: I32) -> None:
         self.layer, self.h, self.ids, self.bits = layer, h.copy(), ids.copy(), bits.copy()
         self.out = np.full((*ids.shape, h.shape[1]), np.nan, np.float32)
+        self.out[bits == 0] = 0  # left out
 
     def compute(self, experts: I32 | None) -> None:
         """All that was not computed yet, for None."""
         missing = np.isnan(self.out[..., 0])
         for expert in np.unique(self.ids[missing]) if experts is None else experts:
-            for bits in np.unique(self.bits[self.ids == expert]):
+            for bits in np.unique(self.bits[(self.ids == expert) & (self.bits > 0)]):
                 if self.width(self.layer, int(expert)) < bits:
                     raise RuntimeError(f"layer {self.layer} expert {expert} is not resident at {bits} bits")
                 token, rank = np.nonzero((self.ids == expert) & (self.bits == bits))

@@ -165,6 +165,11 @@ class Decoder:
         """Whether this MoE layer is the model's last layer, whose experts see only the tokens that are asked of."""
         return self.shape.moe_layers[layer] == self.shape.layers - 1
 
+    def forecast(self, ahead: int) -> I32:
+        """Experts int32 [tokens, ahead, top_k] that the routers of the next MoE layers choose for the input of this one, which
+        waits, by falling weight; -1 past the last layer, and where that one sees fewer tokens (HOBBIT, arXiv 2411.01433)."""
+        return np.asarray(self.program.forecast(ahead), np.int32)
+
     def compute(self, experts: I32) -> None:
         """Compute some experts of the layer that waits, as they arrive; `run` computes the rest."""
         self.program.compute(experts)

@@ -1,1 +1,16 @@
 """What to read, what to evict, in which order: decisions over a ledger of what is resident, never over the clock."""
+
+POLICIES = {
+    "hebf": "d2moe.policy.policy:Policy",
+    "on-demand": "d2moe.policy.on_demand:OnDemand",
+    "lru": "d2moe.policy.lru:Lru",
+    "lfu": "d2moe.policy.lfu:Lfu",
+    "edgemoe": "d2moe.policy.edgemoe:EdgeMoE",
+    "hobbit": "d2moe.policy.hobbit:Hobbit",
+    "adapmoe": "d2moe.policy.adapmoe:AdapMoE",
+    "emoe": "d2moe.policy.emoe:EMoE",
+    "lookahead": "d2moe.policy.lookahead:Lookahead",
+    "priority": "d2moe.policy.priority:Priority",
+    "belady": "d2moe.policy.belady:Belady",
+}
+"""Module and class by name; see docs/policies.md."""

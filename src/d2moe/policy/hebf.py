@@ -22,7 +22,11 @@ _NOTHING = np.zeros((0, 3), np.int32)
 def demand(ids: I32, bits: I32, experts: int) -> tuple[I32, I32, I32]:
     """What `ids` and widths `bits`, int32 [tokens, top_k], want of a layer: each expert once, the most bits that any token wants
     of it and the number of tokens, int32 [n] each; `experts` are all of a layer."""
-    if len(ids) == 1:  # a router names an expert once
+    if not bits.all():  # choices of 0 bits were left out
+        ids, bits = ids[bits > 0][None], bits[bits > 0][None]
+        if not ids.size:
+            return ids[0], bits[0], ids[0]
+    elif len(ids) == 1:  # a router names an expert once
         return ids[0], bits[0], np.ones(len(ids[0]), np.int32)
     counts = np.bincount(ids.reshape(-1), minlength=experts)
     most = np.zeros(experts, np.int32)

@@ -1,7 +1,7 @@
 """The one bookkeeping of residency: how many bits of each expert are in memory, under a byte limit.
 
 Planes of an expert are resident as a prefix, so one small integer per expert says all. What a plane is worth is its
-decayed demand: every step that wants a plane adds 2**(now/HALF_LIFE) to its value, kept as a base-2 logarithm so that
+decayed demand: every token that wants a plane adds 2**(now/half-life) to its value, kept as a base-2 logarithm so that
 older demands fade without touching the table. By nesting, whoever wants a plane wants all lower ones, so a lower plane
 is never worth less than a higher one: evicting the least valuable plane first, the higher one among equals, is the
 paper's "highest bit first, base last" (arXiv 2504.15299, section on the memory budget) and keeps whole experts
@@ -11,6 +11,7 @@ together when all tokens ask for the same width.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +19,14 @@ import numpy.typing as npt
 from d2moe.types import BASE_BITS, MAX_BITS
 
 I32 = npt.NDArray[np.int32]
+F64 = npt.NDArray[np.float64]
 
-HALF_LIFE = 128
-"""Layer calls after which a demand counts half; the best of 1 to 65536 within 0.3 points of hit rate (docs/log.md)."""
+HALF_LIFE = 8
+"""Turns through all layers after which a demand counts half (docs/log.md)."""
 SEGMENTS = MAX_BITS - BASE_BITS + 1
 VICTIM_BATCH = 128
+LEAST_BATCH = 8
+"""Victims that are taken at once although what was touched since may be worth less."""
 NOTED_CALLS = 64
 """Runs of layer calls whose demand waits to be worked into the values; bounds what they hold."""
 
@@ -40,22 +44,27 @@ class Ledger:
         )  # by width in bits
         self._value = np.full((layers, experts, SEGMENTS), -np.inf)
         self._now = 0
+        self._half_life = HALF_LIFE * layers
         self._noted: list[tuple[int, I32, I32]] = []
         self._victims: deque[tuple[int, float]] = deque()
+        self.rank: Callable[[int], F64] | None = None
+        """A policy's own order: what each expert [layers, experts] is worth while a layer is planned. The least goes first, whole;
+        infinite stays."""
         # Among equal values the higher plane goes first.
         self._tie = np.arange(SEGMENTS) * -1e-9
 
     def touch(self, first_layer: int, ids: I32, bits: I32) -> None:
         """Note the demand of the layer calls `ids` int32 [layers, tokens, top_k] of the layers from `first_layer` on, at
-        widths `bits` [tokens, top_k]; both are kept and must not change. A plane that several tokens of a call want counts
-        once. Worked into the values when
-        they are next asked for: most steps find all in memory and never ask."""
+        widths `bits` [tokens, top_k]; both are kept and must not change. Worked into the values when they are next asked
+        for: most steps find all in memory and never ask."""
+        if self.rank is not None:  # the policy keeps its own account
+            return
         self._noted.append((first_layer, ids, bits))
         if len(self._noted) >= NOTED_CALLS:
             self._value_noted()
 
     def _value_noted(self) -> None:
-        """Add 2**(now/HALF_LIFE) of each noted call to the values of the planes it wanted."""
+        """Add 2**(now/half-life) of each noted call to the values of the planes it wanted."""
         if not self._noted:
             return
         keys, widths, nows = [], [], []
@@ -63,11 +72,6 @@ class Ledger:
             layers, tokens, top_k = ids.shape
             number = np.repeat(np.arange(layers), tokens * top_k)
             key, width = (first + number) * self.experts + ids.reshape(-1), np.tile(bits.reshape(-1), layers)
-            if tokens > 1:  # within one call only the greatest width of an expert counts
-                order = np.lexsort((-width, key))
-                key, width, number = key[order], width[order], number[order]
-                once = np.concatenate([[True], np.diff(key) != 0])
-                key, width, number = key[once], width[once], number[once]
             keys.append(key)
             widths.append(width)
             nows.append(self._now + 1 + number)
@@ -75,12 +79,12 @@ class Ledger:
         self._noted.clear()
         planes, place = np.unique(np.concatenate(keys), return_inverse=True)
         place = place * SEGMENTS + np.concatenate(widths) - BASE_BITS
-        age = (np.concatenate(nows) - self._now) / HALF_LIFE
+        age = (np.concatenate(nows) - self._now) / self._half_life
         weight = np.bincount(place, np.exp2(age), len(planes) * SEGMENTS).reshape(-1, SEGMENTS)
         weight = weight[:, ::-1].cumsum(axis=1)[:, ::-1]  # who wants a plane wants all lower ones
         values = self._value.reshape(-1, SEGMENTS)
         with np.errstate(divide="ignore"):
-            values[planes] = np.logaddexp2(values[planes], self._now / HALF_LIFE + np.log2(weight))
+            values[planes] = np.logaddexp2(values[planes], self._now / self._half_life + np.log2(weight))
 
     def heat(self) -> npt.NDArray[np.float64]:
         """float64 [layers, experts]: the share of recent steps that wanted each expert, the latest counting most."""
@@ -117,12 +121,30 @@ class Ledger:
         kept = sum(int(self.prefix_bytes[self.width[pinned_layer, e]]) for e in pinned)
         if self.used_bytes - kept < short:
             return None
+        if self.rank is not None:
+            return self._evict_whole(n_bytes, self.rank(pinned_layer), pinned_layer, pinned)
         out: dict[tuple[int, int], int] = {}
         while self.used_bytes + n_bytes > self.limit_bytes:
             layer, expert, segment = self._next_victim(pinned_layer, pinned)
             bits = segment + BASE_BITS - 1 if segment else 0
             self.shrink(layer, expert, bits)
             out[layer, expert] = bits
+        return out
+
+    def _evict_whole(
+        self, n_bytes: int, worth: F64, pinned_layer: int, pinned: set[int]
+    ) -> dict[tuple[int, int], int] | None:
+        worth = np.where(self.width > 0, worth, np.inf)
+        worth[pinned_layer, list(pinned)] = np.inf
+        if self.prefix_bytes[self.width[np.isfinite(worth)]].sum() < self.used_bytes + n_bytes - self.limit_bytes:
+            return None
+        out: dict[tuple[int, int], int] = {}
+        for flat in np.argsort(worth, axis=None, kind="stable").tolist():
+            if self.used_bytes + n_bytes <= self.limit_bytes:
+                break
+            layer, expert = divmod(flat, self.experts)
+            self.shrink(layer, expert, 0)
+            out[layer, expert] = 0
         return out
 
     def _next_victim(self, pinned_layer: int, pinned: set[int]) -> tuple[int, int, int]:
@@ -145,5 +167,8 @@ class Ledger:
             order = np.argpartition(flat_key, count - 1)[:count]
             order = order[np.argsort(flat_key[order], kind="stable")]
             values = self._value.reshape(-1)
+            # What is touched later will be worth at least a demand of now, so below that the order stays right.
+            safe = int(np.searchsorted(flat_key[order], self._now / self._half_life))
+            order = order[: max(safe, LEAST_BATCH)] if fresh < 2 else order
             self._victims.extend((int(i), float(values[i])) for i in order if np.isfinite(flat_key[i]))
         raise AssertionError("make_room checked that there are victims")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from d2moe.errors import ConfigError
+from d2moe.policy import POLICIES
 from d2moe.types import MAX_BITS, check_width
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "tb": 10**12}
@@ -47,7 +48,8 @@ class EngineConfig:
     4096). `threads`: default all CPUs this process may use. `chunk_tokens`: tokens of a prompt computed at a time.
     `max_sequences`: sequences that may be alive at once. `kv_tokens`: tokens of all of them together (default: a full context
     each). `reserve_bytes`: memory left to whoever runs the engine. `kernels`: a kernel table, or the NumPy twin.
-    `direct`: read experts past the page cache. `read_depth`: reads in flight.
+    `direct`: read experts past the page cache. `read_depth`: reads in flight. `policy`: which planes are read, kept and
+    computed (d2moe.policy); `learn`: a trace that it may learn from beforehand. `timeline`: a file to write what happened when to.
     """
 
     memory_bytes: int | None = None
@@ -64,6 +66,9 @@ class EngineConfig:
     kernels: str = "native"
     direct: bool = True
     read_depth: int = 4
+    policy: str = "hebf"
+    learn: str | None = None
+    timeline: str | None = None
 
     def __post_init__(self) -> None:
         check_width(self.bits)
@@ -73,7 +78,7 @@ class EngineConfig:
             value, least = getattr(self, name), 0 if name == "reserve_bytes" else 1
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ConfigError(f"{name} is {value!r}, expected a whole number from {least} on")
-        for name, known in (("kernels", KERNELS), ("kv", KV_KINDS)):
+        for name, known in (("kernels", KERNELS), ("kv", KV_KINDS), ("policy", tuple(POLICIES))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
 

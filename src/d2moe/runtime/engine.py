@@ -16,12 +16,15 @@ from d2moe.errors import ConfigError, MemoryBudgetError, RequestError
 from d2moe.kernels import reference
 from d2moe.models import shape_from_config
 from d2moe.models.layers import Decoder, DenseOptions, Places
+from d2moe.policy import policy
 from d2moe.policy.ledger import Ledger
+from d2moe.policy.trace import Meta, Recorder, Trace
 from d2moe.runtime import memory
 from d2moe.runtime.config import EngineConfig, show_bytes
 from d2moe.runtime.kv import BLOCK_TOKENS, Pages, Sequence
 from d2moe.runtime.request import Chunk
 from d2moe.runtime.streamer import Counters, Streamer
+from d2moe.runtime.timeline import Timeline
 from d2moe.types import check_width
 
 F32 = npt.NDArray[np.float32]
@@ -68,27 +71,20 @@ class Engine:
         blocks = memory.kv_blocks(config, self.context)
         self.kv = backend.KvCache(config.kv, shape.layers, blocks, BLOCK_TOKENS, shape.kv_heads, shape.head_dim)
         self.pages = Pages(blocks, self.context)
-        self.experts = backend.Experts(
-            self.runtime,
-            layers=len(layers),
-            experts=container.experts,
-            hidden=shape.hidden,
-            inner=shape.expert_inner,
-            group=record.group,
-            base_bytes=record.base_bytes,
-            plane_bytes=record.plane_bytes,
-            paths=[str(container.expert_path(layer)) for layer in layers],
-            offsets=[container.expert_offset(layer, 0) for layer in layers],
-            direct=config.direct,
-            depth=config.read_depth,
-        )
+        self._backend = backend
+        self.experts = self.new_experts(config.direct, config.read_depth)
         self.experts.set_limit(self.budget.experts)
         self.ledger = Ledger(len(layers), container.experts, record.base_bytes, record.plane_bytes, self.budget.experts)
         self.counters = Counters()
-        self._streamer = Streamer(self.experts, self.ledger, self.counters, backend.StorageFailure)
+        learn = Trace.load(config.learn) if config.learn else None
+        self.policy = policy.make(config.policy, self.ledger, shape.top_k, learn=learn)
+        self._streamer = Streamer(self.experts, self.ledger, self.counters, backend.StorageFailure, self.policy)
         report = (lambda index: progress(index + 1, shape.layers)) if progress else None
         dense = DenseOptions(config.dense_width, record.group, memory.Arena(self.budget.dense).take)
         self.decoder = Decoder(backend, self.runtime, shape, container, dense, chunk, self.kv, self.experts, report)
+        self.decoder.program.pause("decide" if self.policy.decides else "missing")
+        self.timeline = Timeline(config.timeline, self.experts) if config.timeline else None
+        self._streamer.timeline = self.timeline
 
     @classmethod
     def load(
@@ -100,6 +96,39 @@ class Engine:
         MemoryBudgetError before anything large is loaded.
         """
         return cls(Container.open(path), config or EngineConfig(), progress)
+
+    def new_experts(self, direct: bool, depth: int) -> Any:
+        """Slots and reader of the model's experts, empty; the engine has one of them, measuring reads takes others."""
+        container, record, shape = self.container, self.container.record, self.shape
+        return self._backend.Experts(
+            self.runtime,
+            layers=len(container.moe_layers),
+            experts=container.experts,
+            hidden=shape.hidden,
+            inner=shape.expert_inner,
+            group=record.group,
+            base_bytes=record.base_bytes,
+            plane_bytes=record.plane_bytes,
+            paths=[str(container.expert_path(layer)) for layer in container.moe_layers],
+            offsets=[container.expert_offset(layer, 0) for layer in container.moe_layers],
+            direct=direct,
+            depth=depth,
+        )
+
+    def record(self, ahead: int = 3) -> Recorder:
+        """Record the routing of all steps from now on, with forecasts of `ahead` layers; `trace()` of the answer gives it."""
+        shape, record = self.shape, self.container.record
+        last = shape.moe_layers[-1] == shape.layers - 1
+        facts = (record.base_bytes, record.plane_bytes, last, self.container.path.name)
+        recorder = Recorder(Meta(len(shape.moe_layers), shape.experts, shape.top_k, *facts), ahead)
+        self._streamer.recorder = recorder
+        if not self.policy.decides:
+            self.decoder.program.pause("watch")
+        return recorder
+
+    def stop_recording(self) -> None:
+        self._streamer.recorder = None
+        self.decoder.program.pause("decide" if self.policy.decides else "missing")
 
     def new_sequence(self) -> Sequence:
         return Sequence(self.pages)
@@ -161,6 +190,8 @@ class Engine:
         counters.stall_seconds, counters.compute_seconds = stall / 1e9, compute / 1e9
         counters.steps += 1
         counters.step_seconds += time.perf_counter() - begin
+        if self.timeline is not None:
+            self.timeline.step(begin, sum(map(len, plans)))
         return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
 
     def _checked(self, chunk: Chunk) -> npt.NDArray[np.int32]:
@@ -199,7 +230,12 @@ class Engine:
         tokens = items[0][1] if alone else np.concatenate([t for _, t, _ in items])
         places = Places(position, sequence, tables)
         self.decoder.start(tokens, places, np.array(rows, np.int32))
+        recorder = self._streamer.recorder
+        if recorder is not None:
+            recorder.begin(position, sequence, self.decoder.bits[:n], np.array(rows, np.int32))
         self._streamer.run(self.decoder)
+        if recorder is not None:
+            recorder.end()
         out = self.decoder.logits()
         for chunk, part, _ in items:
             chunk.sequence.length += len(part)
@@ -215,16 +251,20 @@ class Engine:
         """Facts for reports: kernel table, threads, storage path, how the budget is split (bytes)."""
         return {
             "kernels": self.runtime.table,
+            "policy": self.config.policy,
             "dense_bits": self.config.dense_width,
             "kv": self.config.kv,
             "threads": self.runtime.threads,
             "direct": bool(self.experts.direct),
+            "read_depth": self.config.read_depth,
             "context": self.context,
             "budget": self.budget.as_dict(),
         }
 
     def close(self) -> None:
         """Give everything back; the engine cannot be used afterwards."""
+        if (timeline := self.__dict__.pop("timeline", None)) is not None:
+            timeline.close()
         self.__dict__.pop("decoder", None)
         self.__dict__.pop("_streamer", None)
         self.__dict__.pop("experts", None)

@@ -11,9 +11,11 @@ import numpy.typing as npt
 
 from d2moe.errors import StorageError
 from d2moe.models.layers import Decoder
-from d2moe.policy import hebf
 from d2moe.policy.ledger import Ledger
-from d2moe.policy.plan import Plan
+from d2moe.policy.plan import Plan, Wave
+from d2moe.policy.policy import Policy
+from d2moe.policy.trace import NO_FORECAST, Recorder
+from d2moe.runtime.timeline import Timeline
 
 I32 = npt.NDArray[np.int32]
 
@@ -23,8 +25,10 @@ class Counters:
     """What an engine did since it was loaded; `a - b` gives a stretch.
 
     `wanted_bytes` and `missing_bytes`: plane bytes the experts of each layer call asked for, and what of them was not
-    resident. `uses`, `use_bits`: (token, expert) pairs and the sum of their widths. Seconds: in steps altogether,
-    deciding, in the experts' arithmetic, and waiting for reads while there was nothing to compute.
+    resident. `plans`: layer calls that were decided on. `forecast`: choices foreseen for a next layer by policies that look
+    ahead, and `forecast_right` those that came. `uses`, `use_bits`: (token, expert) pairs and the sum of their widths.
+    Seconds: in steps altogether, deciding, in the experts' arithmetic, and waiting for reads while there was nothing to
+    compute.
     """
 
     steps: int = 0
@@ -35,6 +39,9 @@ class Counters:
     missing_bytes: int = 0
     read_bytes: int = 0
     reads: int = 0
+    plans: int = 0
+    forecast: int = 0
+    forecast_right: int = 0
     step_seconds: float = 0.0
     decide_seconds: float = 0.0
     compute_seconds: float = 0.0
@@ -64,17 +71,28 @@ SILENT_STEPS = 64
 class Streamer:
     """The experts of one engine."""
 
-    def __init__(self, experts: Any, ledger: Ledger, counters: Counters, failure: type[Exception]):
+    def __init__(
+        self, experts: Any, ledger: Ledger, counters: Counters, failure: type[Exception], policy: Policy | None = None
+    ):
         self.experts, self.ledger, self.counters, self._failure = experts, ledger, counters, failure
+        self.policy = policy or Policy(ledger, 1)
+        self.recorder: Recorder | None = None
+        self.timeline: Timeline | None = None
         self._plan = Plan()
         self._silent_steps = 0
+        self._expected: tuple[int, I32] | None = None
 
     def run(self, decoder: Decoder) -> None:
         """Bring the step that was started to its end."""
         try:
             while (layer := decoder.run()) >= 0:
+                if self.recorder is not None:
+                    forecast = decoder.forecast(self.recorder.ahead)
+                    self.recorder.call(decoder.choices(layer)[0], decoder.program.gates, forecast)
+                if decoder.program.held:  # only watched
+                    continue
                 self.hear(decoder)
-                self._bring(decoder, layer, *decoder.choices(layer))
+                self._bring(decoder, layer)
         except self._failure as error:
             raise StorageError(f'{error}; run "d2moe verify" on the model, and check the disk') from None
         self._silent_steps += 1
@@ -84,17 +102,28 @@ class Streamer:
     def hear(self, decoder: Decoder) -> None:
         """Tell the ledger of the layers that went by with all their experts in memory; it need not know at once."""
         for first_layer, ids, bits in decoder.program.take_notes():
-            self.ledger.touch(first_layer, ids, bits)
+            self.policy.touch(first_layer, ids, bits)
         self._silent_steps = 0
 
-    def _bring(self, decoder: Decoder, layer: int, ids: I32, bits: I32) -> None:
+    def _bring(self, decoder: Decoder, layer: int) -> None:
         """Start the reads of a layer that waits, and compute all its waves but the last, which `run` does."""
         begin = time.perf_counter()
         self._layer = layer
-        self._plan = plan = hebf.plan(self.ledger, layer, ids, bits)
-        c = self.counters
+        c, policy = self.counters, self.policy
+        ids, bits = decoder.choices(layer)
+        if policy.decides:
+            asked = bits
+            bits, gates = policy.choose(layer, ids, asked, decoder.program.gates)
+            if bits is not asked:
+                decoder.program.choose(np.ascontiguousarray(bits, np.int32), gates)
+                c.use_bits += int(bits.sum()) - int(asked.sum())
+                c.uses -= int(np.count_nonzero(bits == 0))
+        self._plan = plan = policy.plan(layer, ids, bits)
+        c.plans += 1
         c.missing_bytes += plan.missing_bytes
         c.decide_seconds += time.perf_counter() - begin
+        if self.timeline is not None:
+            self.timeline.decision(begin, layer, plan)
         self._send(0)
         for index, wave in enumerate(plan.waves[:-1]):
             # The next wave's reads run while this one is computed, unless they need its memory.
@@ -104,9 +133,26 @@ class Streamer:
             decoder.compute(wave.experts)
             if not overlap:
                 self._send(index + 1)
+        if policy.ahead:
+            self._look_ahead(decoder, layer, ids, int(bits.max()))
+
+    def _look_ahead(self, decoder: Decoder, layer: int, ids: I32, bits: int) -> None:
+        """Queue reads for later layers behind this one's, and count how well the last forecast did."""
+        c, begin = self.counters, time.perf_counter()
+        if self._expected is not None and self._expected[0] == layer and len(self._expected[1]) == len(ids):
+            c.forecast += ids.size
+            c.forecast_right += int((self._expected[1][:, :, None] == ids[:, None]).any(2).sum())
+        forecast = decoder.forecast(self.policy.ahead)
+        self._expected = (layer + 1, forecast[:, 0]) if (forecast[:, 0] != NO_FORECAST).all() else None
+        wave = self.policy.prefetch(layer, forecast, bits) if bits else None
+        c.decide_seconds += time.perf_counter() - begin
+        if wave is not None:
+            self._move(wave)
 
     def _send(self, index: int) -> None:
-        wave = self._plan.waves[index]
+        self._move(self._plan.waves[index])
+
+    def _move(self, wave: Wave) -> None:
         if len(wave.evict):
             self.experts.evict(wave.evict)
         if len(wave.read):

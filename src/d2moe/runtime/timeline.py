@@ -1,0 +1,87 @@
+"""What happened when, as a Chrome trace (JSON array of complete events) for ui.perfetto.dev or chrome://tracing.
+
+Tracks: steps, decisions, each reader thread's reads, the experts' arithmetic and the waits in between. The core notes its events while
+a step runs; they are written after it, so that a run that is broken off leaves all steps before.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from d2moe.errors import ConfigError
+from d2moe.policy.plan import Plan
+from d2moe.types import BASE_BITS
+
+READ, COMPUTE, WAIT = 0, 1, 2
+STEPS, DECISIONS, EXPERTS, READERS = 1, 2, 3, 10
+"""Track numbers; reader threads follow READERS."""
+
+
+class Timeline:
+    """Writes to `path` until `close`. ConfigError where it cannot be written or the back end keeps no log."""
+
+    def __init__(self, path: str | Path, experts: Any):
+        if not hasattr(experts, "log"):
+            raise ConfigError("the NumPy twin has no timeline; use another of the kernels")
+        try:
+            self._file = Path(path).open("w")  # noqa: SIM115 - open until close()
+        except OSError as error:
+            raise ConfigError(f"timeline {path} cannot be written: {error.strerror}") from None
+        self._experts = experts
+        self._decisions: list[dict[str, Any]] = []
+        self._lanes: set[int] = set()
+        experts.log(True)
+        self._file.write("[\n")
+        for track, name in ((STEPS, "steps"), (DECISIONS, "deciding"), (EXPERTS, "experts: arithmetic and waits")):
+            self._name(track, name)
+
+    def decision(self, begin_s: float, layer: int, plan: Plan) -> None:
+        """A layer call was decided on, from `begin_s` of the performance counter until now."""
+        facts = {"waves": len(plan.waves), "missing_bytes": plan.missing_bytes}
+        now = time.perf_counter()
+        self._decisions.append(_slice(DECISIONS, f"layer {layer}", begin_s * 1e9, now * 1e9, **facts))
+
+    def step(self, begin_s: float, tokens: int) -> None:
+        """A step is over: write its events."""
+        events = [_slice(STEPS, f"{tokens} tokens", begin_s * 1e9, time.perf_counter() * 1e9, tokens=tokens), *self._decisions]
+        self._decisions.clear()
+        rows = self._experts.take_events().tolist()
+        for (kind, layer, begin, end), same in groupby(rows, key=lambda r: (r[0], r[1], r[6], r[7])):
+            group = list(same)
+            if kind == WAIT:
+                events.append(_slice(EXPERTS, f"wait, layer {layer}", begin, end))
+            elif kind == COMPUTE:
+                what = ", ".join(f"{expert} at {bits}" for _, _, expert, _, bits, *_ in group)
+                events.append(_slice(EXPERTS, f"layer {layer}: {what} bits", begin, end, experts=[r[2] for r in group]))
+            else:
+                events += [self._read(row) for row in group]
+        self._file.writelines(json.dumps(event) + ",\n" for event in events)
+        self._file.flush()
+
+    def _read(self, row: list[int]) -> dict[str, Any]:
+        _, layer, expert, have, bits, lane, begin, end = row
+        if lane not in self._lanes:
+            self._lanes.add(lane)
+            self._name(READERS + lane, f"reader {lane}")
+        planes = ["base"] * (have < BASE_BITS) + [f"bit {b}" for b in range(max(have, BASE_BITS) + 1, bits + 1)]
+        name = f"layer {layer} expert {expert}: {' '.join(planes)}"
+        return _slice(READERS + lane, name, begin, end, layer=layer, expert=expert, planes=planes)
+
+    def _name(self, track: int, name: str) -> None:
+        event = {"ph": "M", "name": "thread_name", "pid": 1, "tid": track, "args": {"name": name}}
+        self._file.write(json.dumps(event) + ",\n")
+
+    def close(self) -> None:
+        self._experts.log(False)
+        end = {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "d2moe"}}
+        self._file.write(json.dumps(end) + "\n]\n")
+        self._file.close()
+
+
+def _slice(track: int, name: str, begin_ns: float, end_ns: float, **facts: Any) -> dict[str, Any]:
+    """A complete event; times are microseconds."""
+    return {"ph": "X", "name": name, "pid": 1, "tid": track, "ts": begin_ns / 1e3, "dur": (end_ns - begin_ns) / 1e3, "args": facts}

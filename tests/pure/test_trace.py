@@ -1,0 +1,247 @@
+"""Trace files, made-up traces and the simulator's own arithmetic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import d2moe
+from d2moe import cli
+from d2moe.errors import ConfigError, MemoryBudgetError, TraceError
+from d2moe.policy import POLICIES
+from d2moe.policy.ledger import Ledger
+from d2moe.policy.policy import make, policy_class
+from d2moe.policy.trace import ARRAYS, NO_FORECAST, Meta, Recorder, Trace
+from d2moe.simulate.device import Device, parse_rates
+from d2moe.simulate.facts import model_facts
+from d2moe.simulate.simulate import simulate
+from d2moe.simulate.synthetic import Statistics, synthetic_trace
+
+META = Meta(layers=5, experts=32, top_k=4, base_bytes=8192, plane_bytes=4096, ends_with_moe=True, model="made up")
+ALL_BYTES = 5 * 32 * (8192 + 2 * 4096)
+DEVICE = Device("fixed", 1e8, 1e-5, 1e-4, {2: (1e-5, 1e-6), 4: (3e-5, 2e-6)}, (1e-3, 1e-4), 5e-5)
+
+
+@pytest.fixture
+def seed() -> int:
+    seed = int(np.random.default_rng().integers(1 << 31))
+    print("seed", seed)
+    return seed
+
+
+def test_a_file_gives_back_what_was_recorded(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    recorder, expected = Recorder(META, ahead=2), []
+    for tokens, wanted in ((7, 0), (3, 3), (1, 1), (5, 2)):
+        rows = np.sort(rng.choice(tokens, wanted, replace=False)).astype(np.int32)
+        bits = rng.integers(2, 9, (tokens, 4)).astype(np.int32)
+        recorder.begin(np.arange(tokens), np.zeros(tokens, int), bits, rows)
+        calls = []
+        for layer in range(5):
+            seen = wanted if layer == 4 else tokens
+            if seen:
+                calls.append((layer, rng.integers(0, 32, (seen, 4)), rng.random((seen, 4)).astype(np.float32)))
+                recorder.call(calls[-1][1], calls[-1][2], rng.integers(0, 32, (seen, 2, 4)))
+        recorder.end()
+        expected.append((tokens, rows, bits, calls))
+    recorder.begin(np.arange(2), np.zeros(2, int), np.full((2, 4), 4), np.arange(2))  # broken off: not part of it
+    recorder.trace().save(tmp_path / "t.npz")
+    found = Trace.load(tmp_path / "t.npz")
+    assert found.meta == META and found.tokens == 16
+    for step, (tokens, rows, bits, calls) in zip(found, expected, strict=True):
+        assert step.tokens == tokens and np.array_equal(step.rows, rows)
+        assert len(step.calls) == len(calls)
+        for call, (layer, ids, gates) in zip(step.calls, calls, strict=True):
+            assert call.layer == layer and np.array_equal(call.ids, ids) and np.array_equal(call.gates, gates)
+            assert np.array_equal(call.bits, bits[rows] if layer == 4 else bits)
+
+
+def test_damaged_files_are_refused(tmp_path, seed):
+    trace = synthetic_trace(META, tokens=4, prompt_tokens=3, seed=seed)
+    path = tmp_path / "t.npz"
+    for name in ARRAYS:
+        arrays = dict(trace.arrays)
+        arrays[name] = arrays[name][:-1]
+        Trace(META, arrays).save(path)
+        with pytest.raises(TraceError, match="record it again"):
+            Trace.load(path)
+    far = trace.arrays["ids"].copy()
+    far[0, 0] = 32
+    Trace(META, trace.arrays | {"ids": far}).save(path)
+    with pytest.raises(TraceError, match="expert 32 is named and there are 32"):
+        Trace.load(path)
+    far = trace.arrays["forecast"].copy()
+    far[0, 0, 0] = 32
+    Trace(META, trace.arrays | {"forecast": far}).save(path)
+    with pytest.raises(TraceError, match="a forecast names an expert that is not one of 32"):
+        Trace.load(path)
+    path.write_bytes(b"no trace")
+    with pytest.raises(TraceError, match=r"t.npz is not a trace"):
+        Trace.load(path)
+    with pytest.raises(TraceError, match="no such file"):
+        Trace.load(tmp_path / "absent.npz")
+    with pytest.raises(TraceError, match="5 layers x 32 experts, 4 a token, and m has 5 x 64"):
+        trace.check(5, 64, 4, "m")
+
+
+def test_made_up_traces_have_the_statistics_asked_for(seed):
+    for again in (0.3, 0.48, 0.7):
+        statistics = Statistics(zipf=0.8, again=again)
+        trace = synthetic_trace(META, tokens=300, prompt_tokens=5, sequences=2, seed=seed, statistics=statistics)
+        same, chance = trace.overlap()
+        assert trace.problem() is None and chance == 4 / 32
+        assert abs(same - again) < 0.05, same
+    first = next(c for c in list(trace)[-1].calls if c.layer == 0)
+    assert all(len(set(ids)) == 4 for ids in first.ids.tolist()), "a router names an expert once"
+    counts = np.sort(np.bincount(trace.arrays["ids"].reshape(-1), minlength=32))
+    assert counts[-1] > counts[0]
+
+
+def test_the_forecast_is_right_as_often_as_asked_for(seed):
+    trace = synthetic_trace(META, tokens=200, seed=seed, statistics=Statistics(recall=0.6))
+    right = total = 0
+    for step in trace:
+        for call, later in zip(step.calls[:-1], step.calls[1:], strict=True):
+            right += len(np.intersect1d(call.forecast[0, 0], later.ids[0]))
+            total += 4
+    assert abs(right / total - 0.6) < 0.06
+
+
+def test_with_everything_in_memory_a_step_is_its_arithmetic(seed):
+    trace = synthetic_trace(META, tokens=50, prompt_tokens=200, seed=seed)
+    result = simulate(trace, DEVICE, ALL_BYTES)
+    # All experts came with the prompt, or at their first use.
+    silent = 1 / (DEVICE.dense_seconds(1) + 5 * 4 * DEVICE.expert_seconds(4, 1))
+    assert result.tokens_per_s == pytest.approx(silent, rel=0.15)
+    assert result.total.read_bytes <= ALL_BYTES and result.hit_rate > 0.9
+
+
+def test_below_one_expert_is_refused_and_one_expert_does(seed):
+    trace = synthetic_trace(META, tokens=5, prompt_tokens=3, seed=seed)
+    with pytest.raises(MemoryBudgetError, match="does not hold one expert of 4 bits"):
+        simulate(trace, DEVICE, 16383)
+    result = simulate(trace, DEVICE, 16384)
+    assert result.hit_rate == 0 and result.bytes_per_token == 5 * 4 * 16384
+    # One disk, nothing to overlap but the last expert's arithmetic.
+    assert 1 / result.tokens_per_s > 5 * 4 * 16384 / 1e8
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_replays_within_its_budget_and_gives_the_same_again(policy, seed):
+    trace = synthetic_trace(META, tokens=40, prompt_tokens=20, sequences=3, seed=seed)
+    learn = trace if policy_class(policy).learns else None
+    results = [simulate(trace, DEVICE, int(share * ALL_BYTES), policy=policy, learn=learn) for share in (0.02, 0.3, 0.3)]
+    for result in results:
+        result.total.decide_seconds = 0.0  # real time, the only thing that is
+    assert results[1] == results[2]
+    assert results[0].total.read_bytes >= results[1].total.read_bytes
+    assert 0 <= results[1].hit_rate <= 1
+
+
+def test_what_was_read_ahead_gives_way_where_memory_is_short():
+    """Eight experts fit, four of a later layer are pinned, and this layer wants eight: its plan evicts the pinned ones."""
+    ledger = Ledger(5, 32, 8192, 4096, 8 * 16384)
+    policy = make("hobbit", ledger, 8)
+    first, bits = np.arange(2, dtype=np.int32)[None], np.full((1, 8), 4, np.int32)
+    policy.plan(0, first, bits[:, :2])
+    forecast = np.full((1, 3, 8), NO_FORECAST, np.int32)
+    forecast[0, 0, :4] = np.arange(10, 14)
+    ahead = policy.prefetch(0, forecast, 4)
+    assert ahead is not None and sorted(ahead.read[:, 1]) == [10, 11, 12, 13]
+    assert (ledger.width[1, 10:14] == 4).all() and len(policy.pinned) == 4
+    plan = policy.plan(2, np.arange(8, dtype=np.int32)[None], bits)
+    assert (ledger.width[2, :8] == 4).all() and ledger.used_bytes == 8 * 16384
+    assert {(1, e) for e in range(10, 14)} <= {(la, e) for la, e, _ in plan.waves[0].evict.tolist()}
+
+
+def test_belady_reads_least(seed):
+    """Among policies that compute everything at full width and evict whole experts, no other reads less."""
+    trace = synthetic_trace(META, tokens=150, seed=seed)
+    read = {p: simulate(trace, DEVICE, ALL_BYTES // 3, policy=p).total.read_bytes for p in ("belady", "lru", "lfu", "hebf", "on-demand")}
+    assert read["belady"] == min(read.values()) and read["on-demand"] == max(read.values()), read
+
+
+def test_devices(tmp_path):
+    assert parse_rates("io=1.2GB,memory=30GB/s") == (1.2e9, 30e9) and parse_rates("laptop.json") is None
+    DEVICE.save(tmp_path / "d" / "x.json")
+    assert Device.load(tmp_path / "d" / "x.json") == DEVICE
+    assert DEVICE.expert_seconds(3, 11) == pytest.approx((1e-5 + 3e-5) / 2 + 10 * 1.5e-6)
+    assert DEVICE.expert_seconds(8, 1) == 3e-5
+    (tmp_path / "x.json").write_text('{"format": 1}')
+    with pytest.raises(ConfigError, match=r"x.json is not a device profile"):
+        Device.load(tmp_path / "x.json")
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = cli.main(arguments)
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+def test_trace_and_simulate_on_the_command_line(run, tmp_path, monkeypatch):
+    path = str(tmp_path / "t.npz")
+    code, out, _ = run("trace", "builtin", "--synthetic", "--tokens", "20", "--prompt-tokens", "8", "--sequences", "2", "--out", path)
+    assert code == 0 and "22 steps, 56 tokens, 4 layers" in out and "by chance 12 %" in out
+    device = ("--device", "io=1GB,memory=20GB", "--model", "builtin")
+    code, out, err = run("simulate", path, *device, "--memory", "40%", "--memory", "2MB", "--policy", "lru", "--policy", "hebf")
+    assert code == 0 and out.count("hebf") == out.count("lru") == 2, (out, err)
+    code, out, _ = run("simulate", path, *device, "--memory", "40%", "--policy", "lfu", "--json")
+    line = json.loads(out)
+    m = Trace.load(path).meta
+    assert line["memory_bytes"] == int(0.4 * 4 * 16 * (m.base_bytes + 2 * m.plane_bytes))
+    found = simulate(Trace.load(path), model_facts(d2moe.builtin_model()).device(device[1], 5), line["memory_bytes"], policy="lfu")
+    assert line["hit_rate"] == found.hit_rate and line["tokens_per_s"] == found.tokens_per_s
+    for arguments, message in (
+        (("simulate", path, "--device", "nothing.json"), "expected a profile's file, or two bandwidths"),
+        (("simulate", path, "--device", "io=fast,memory=1GB", "--model", "builtin"), "device is 'fast'"),
+        (("simulate", path, *device, "--memory", "0%"), "memory is '0%'"),
+        (("simulate", path, *device, "--memory", "10kB"), "does not hold one expert"),
+        (("simulate", path, *device, "--learn", path, "--policy", "lru"), "lru learns nothing beforehand"),
+        (("simulate", __file__, *device), "is not a trace"),
+    ):
+        code, _, err = run(*arguments)
+        assert code == 1 and message in err and "Traceback" not in err, err
+    assert run("simulate", path, "--device", "io=1GB,memory=1GB")[0] == 2
+    assert run("simulate", path)[0] == 2
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    assert 'run "d2moe profile builtin"' in run("simulate", path, "--model", "builtin")[2]
+    assert run("trace", "builtin", "--out", path)[0] == 2
+
+
+def test_plan_needs_no_model_but_its_config(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("d2moe.runtime.memory.resident_bytes", lambda: 50_000_000)
+    config = Path(d2moe.builtin_model()) / "config.json"
+    (tmp_path / "config.json").write_bytes(config.read_bytes())
+    rows = []
+    for model in (str(tmp_path / "config.json"), "builtin"):
+        code, out, err = run(
+            "plan", model, "--device", "io=1GB,memory=20GB", "--memory", "90MB", "--bits", "2", "--bits", "8", "--context", "256", "--json"
+        )
+        assert code == 0, err
+        rows.append([json.loads(line) for line in out.splitlines()])
+    assert rows[0] == rows[1], "the shape says all"
+    narrow, wide = rows[0]
+    assert narrow["tokens_per_s"] > wide["tokens_per_s"] and narrow["bits"] == 2
+    code, out, _ = run("plan", "builtin", "--device", "io=1GB,memory=20GB", "--memory", "90MB", "--context", "256", "--target", "1")
+    assert code == 0 and "1 tokens/s with the least loss: 8 bits in 90.0 MB" in out
+    code, out, _ = run("plan", "builtin", "--device", "io=1GB,memory=20GB", "--memory", "90MB", "--context", "256", "--target", "1e9")
+    assert code == 0 and "nothing of this reaches" in out
+    code, _, err = run("plan", str(tmp_path / "absent"), "--device", "io=1GB,memory=20GB")
+    assert code == 1 and "no such model" in err
+
+
+def test_victims_found_in_batches_are_as_good_as_one_by_one(seed, monkeypatch):
+    """A batch that outlives touches of what is not in it must not evict what became worth more than those."""
+    trace = synthetic_trace(META, tokens=200, seed=seed)
+    found = simulate(trace, DEVICE, ALL_BYTES // 4).hit_rate
+    monkeypatch.setattr("d2moe.policy.ledger.VICTIM_BATCH", 1)
+    monkeypatch.setattr("d2moe.policy.ledger.LEAST_BATCH", 1)
+    exact = simulate(trace, DEVICE, ALL_BYTES // 4).hit_rate
+    assert found > exact - 0.015, (found, exact)
