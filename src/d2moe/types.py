@@ -90,6 +90,13 @@ def check_width(bits: int, name: str = "bits") -> int:
     return bits
 
 
+def check_dial(bits: float, name: str = "bits") -> float:
+    """Return `bits` if it is a number from 2 to 8, an average width; raise ConfigError otherwise."""
+    if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not BASE_BITS <= bits <= MAX_BITS:
+        raise ConfigError(f"{name} is {bits!r}, expected a number from {BASE_BITS} to {MAX_BITS}")
+    return bits
+
+
 def padded(n: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `n`."""
     return -(-n // multiple) * multiple

@@ -144,6 +144,23 @@ class Router:
         return h, best, np.asarray(gate / gate.sum(-1, keepdims=True) if self.normalise else gate, np.float32)
 
 
+class WidthRouter:
+    """How many bits a token asks of an expert; see csrc/widths.h."""
+
+    def __init__(self, planes: F32, weight: F32 | None, gate_power: float, norm_power: float):
+        self.planes, self.weight, self.gate_power, self.norm_power = planes, weight, gate_power, norm_power
+
+    def widths(self, x: F32, h: F32, ids: I32, gates: F32, least: I32, most: I32, price: F32) -> I32:
+        """int32 [tokens, top_k] for experts `ids` with `gates`; least, most and price are [tokens]."""
+        tiny = np.float32(1e-30)
+        value = np.float32(self.norm_power) * np.log(np.maximum(np.mean(np.square(x), -1, dtype=np.float32), tiny))[:, None]
+        value = value + np.float32(self.gate_power) * np.log(np.maximum(gates, tiny))
+        if self.weight is not None:
+            value = value + np.einsum("tkh,th->tk", self.weight[ids], h)
+        worth = (value[..., None] + self.planes[ids] >= price[:, None, None]).cumprod(-1).sum(-1) + BASE_BITS
+        return np.clip(worth, least[:, None], most[:, None]).astype(np.int32)
+
+
 class FeedForward:
     def __init__(self, gate: Linear, up: Linear, down: Linear, mix: F32 | None, norm: F32 | None, eps: float):
         self.gate, self.up, self.down, self.mix, self.norm, self.eps = gate, up, down, mix, norm, eps
@@ -166,28 +183,31 @@ class Program:
         self.embedding, self.head, self.norm, self.eps = (facts[k] for k in ("embedding", "head", "norm", "eps"))
         self.inverse_frequency = np.asarray(facts["inverse_frequency"], np.float32)
         self.rope_scale, self.ids, self.bits = facts["rope_scale"], facts["ids"], facts["bits"]
-        self.layers: list[tuple[Attention, Router | None, FeedForward | None, int]] = []
+        self.dials: tuple[I32, I32, F32] = (facts["least"], facts["most"], facts["price"])
+        self.layers: list[tuple[Attention, Router | None, FeedForward | None, WidthRouter | None, int]] = []
         self.next, self.routed, self.wanted_bytes = 0, False, 0
         self.notes: list[tuple[int, I32, I32]] = []
 
-    def add_layer(self, attention: Attention, router: Router | None, feed_forward: FeedForward | None) -> None:
-        moe_index = sum(known is not None for _, known, _, _ in self.layers)
-        self.layers.append((attention, router, feed_forward, moe_index))
+    def add_layer(
+        self, attention: Attention, router: Router | None, feed_forward: FeedForward | None, widths: WidthRouter | None
+    ) -> None:
+        moe_index = sum(known is not None for _, known, *_ in self.layers)
+        self.layers.append((attention, router, feed_forward, widths, moe_index))
 
     def start(self, tokens: I32, position: I32, sequence: I32, tables: I32, rows: I32) -> None:
         self.position, self.sequence, self.tables, self.rows = position, sequence, tables, rows
-        self.wide = self.bits[: len(tokens)]
+        self.left = [values[: len(tokens)] for values in self.dials]  # of the tokens that are left
         e = self.embedding
         self.x = planes.dequantize(e.codes[tokens], e.affine[tokens], e.row_scale[tokens], e.bits, len(tokens), e.cols)
         self.next, self.routed = 0, False
 
     def run(self) -> int:
         while self.next < len(self.layers):
-            attention, router, feed_forward, moe = self.layers[self.next]
+            attention, router, feed_forward, widths, moe = self.layers[self.next]
             if not self.routed:
                 attention.forward(self, self.next)
                 if self.next + 1 == len(self.layers):  # nothing but keys and values is needed of the others
-                    self.x, self.wide = self.x[self.rows], self.wide[self.rows]
+                    self.x, self.left = self.x[self.rows], [values[self.rows] for values in self.left]
                 n = len(self.x)
                 if not n:
                     self.next += 1
@@ -198,22 +218,28 @@ class Program:
                     self.next += 1
                     continue
                 self.h, self.ids[moe, :n], self.gates = router.forward(self.x)
+                least, most, price = self.left
+                wide = np.repeat(least[:, None], self.ids.shape[2], 1)
+                if widths is not None:
+                    wide = widths.widths(self.x, self.h, self.ids[moe, :n], self.gates, least, most, price)
+                self.bits[moe, :n] = wide
                 self.routed, self.begun = True, False
                 widest = np.zeros(self.experts.f["experts"], np.int32)
-                np.maximum.at(widest, self.ids[moe, :n].reshape(-1), self.wide.reshape(-1))
+                np.maximum.at(widest, self.ids[moe, :n].reshape(-1), wide.reshape(-1))
                 self.wanted_bytes += sum(self.experts.prefix_bytes(int(bits)) for bits in widest)
                 if any(self.experts.width(moe, int(expert)) < widest[expert] for expert in np.flatnonzero(widest)):
                     return moe
-                self.notes.append((moe, self.ids[moe : moe + 1, :n].copy(), self.wide.copy()))
+                self.notes.append((moe, self.ids[moe : moe + 1, :n].copy(), wide[None]))
             self.compute(None)
             self.experts.finish(self.gates, self.x)
             self.next, self.routed = self.next + 1, False
         return -1
 
     def compute(self, experts: I32 | None) -> None:
-        _, _, feed_forward, moe = self.layers[self.next]
+        _, _, feed_forward, _, moe = self.layers[self.next]
         if not self.begun:
-            self.experts.begin(moe, self.h, self.ids[moe, : len(self.x)], self.wide)
+            n = len(self.x)
+            self.experts.begin(moe, self.h, self.ids[moe, :n], self.bits[moe, :n])
             if feed_forward is not None:
                 feed_forward.forward(self.runtime, self.h, self.x)
             self.begun = True

@@ -46,10 +46,9 @@ class Ledger:
         self._tie = np.arange(SEGMENTS) * -1e-9
 
     def touch(self, first_layer: int, ids: I32, bits: I32) -> None:
-        """Note the demand of the layer calls `ids` int32 [layers, tokens, top_k] of the layers from `first_layer` on, at
-        widths `bits` [tokens, top_k]; both are kept and must not change. A plane that several tokens of a call want counts
-        once. Worked into the values when
-        they are next asked for: most steps find all in memory and never ask."""
+        """Note the demand of the layer calls `ids` of the layers from `first_layer` on, at widths `bits`, both int32
+        [layers, tokens, top_k]; they are kept and must not change. A plane that several tokens of a call want counts once.
+        Worked into the values when they are next asked for: most steps find all in memory and never ask."""
         self._noted.append((first_layer, ids, bits))
         if len(self._noted) >= NOTED_CALLS:
             self._value_noted()
@@ -62,7 +61,7 @@ class Ledger:
         for first, ids, bits in self._noted:
             layers, tokens, top_k = ids.shape
             number = np.repeat(np.arange(layers), tokens * top_k)
-            key, width = (first + number) * self.experts + ids.reshape(-1), np.tile(bits.reshape(-1), layers)
+            key, width = (first + number) * self.experts + ids.reshape(-1), bits.reshape(-1)
             if tokens > 1:  # within one call only the greatest width of an expert counts
                 order = np.lexsort((-width, key))
                 key, width, number = key[order], width[order], number[order]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from d2moe.errors import ConfigError
-from d2moe.types import MAX_BITS, check_width
+from d2moe.types import MAX_BITS, check_dial, check_width
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -41,7 +41,8 @@ def show_bytes(n: float) -> str:
 class EngineConfig:
     """`memory_bytes`: the whole process; None takes what the model needs, up to 80 % of the memory that is free.
     `expert_memory_bytes`: expert slots alone, instead of all that `memory_bytes` leaves.
-    `bits`: the width of requests that name none. `dense_bits`: the width of all other weights (default: one
+    `bits`: the average width of requests that name none, any number from 2 to 8 where the model has a width router, else a whole
+    one. `uniform`: one plain width for all experts even so. `dense_bits`: the width of all other weights (default: one
     bit more than `bits`, from 4 to 8; see `dense_width`). `kv`: keys and values as "f16"
     (two bytes each) or "q8" (one). `context`: tokens a sequence may hold (default: the model's, at most
     4096). `threads`: default all CPUs this process may use. `chunk_tokens`: tokens of a prompt computed at a time.
@@ -51,7 +52,8 @@ class EngineConfig:
 
     memory_bytes: int | None = None
     expert_memory_bytes: int | None = None
-    bits: int = 4
+    bits: float = 4
+    uniform: bool = False
     dense_bits: int | None = None
     kv: str = "f16"
     context: int | None = None
@@ -63,7 +65,7 @@ class EngineConfig:
     read_depth: int = 4
 
     def __post_init__(self) -> None:
-        check_width(self.bits)
+        check_dial(self.bits)
         check_width(self.dense_width)
         for name in ("memory_bytes", "expert_memory_bytes", "context", "threads", "chunk_tokens", "max_sequences", "read_depth"):
             value = getattr(self, name)
@@ -77,7 +79,7 @@ class EngineConfig:
     def dense_width(self) -> int:
         """Bits of the dense weights. Every token reads them, and a bit less costs them a little more quality than it costs
         the experts (docs/log.md), so by default they get one more."""
-        return self.dense_bits if self.dense_bits is not None else min(MAX_BITS, max(4, self.bits + 1))
+        return self.dense_bits if self.dense_bits is not None else min(MAX_BITS, max(4, int(self.bits + 1.5)))
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:

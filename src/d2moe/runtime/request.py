@@ -27,12 +27,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens to append to one sequence at width `bits`, and which of their logits rows are wanted."""
+    """Tokens to append to one sequence, and which of their logits rows are wanted.
+
+    `bits` is their average width, by the file's width router; `uniform` (and a file without one) gives each expert the same."""
 
     sequence: Any
     tokens: Any  # list[int] or int32 [n]
-    bits: int
+    bits: float
     logits: Literal["last", "all", "none"] = "last"
+    uniform: bool = False
 
 
 class EngineLike(Protocol):
