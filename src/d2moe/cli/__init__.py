@@ -63,6 +63,12 @@ evaluate = Table(
     help="Measure a model's quality.",
     no_args_is_help=True,
 )
+route = Table(
+    {"train": "d2moe.cli.route:train", "show": "d2moe.cli.route:show", "remove": "d2moe.cli.route:remove"},
+    name="route",
+    help="The width router: how many bits each token asks of each of its experts.",
+    no_args_is_help=True,
+)
 commands = Table(
     {
         "run": "d2moe.cli.run:run",
@@ -70,6 +76,7 @@ commands = Table(
         "inspect": "d2moe.cli.files:inspect",
         "verify": "d2moe.cli.files:verify",
         "eval": "d2moe.cli:evaluate",
+        "route": "d2moe.cli:route",
         "bench": "d2moe.cli.measure:bench",
         "version": "d2moe.cli:version",
     },

@@ -158,7 +158,7 @@ class WidthRouter:
         if self.weight is not None:
             value = value + np.einsum("tkh,th->tk", self.weight[ids], h)
         worth = (value[..., None] + self.planes[ids] >= price[:, None, None]).cumprod(-1).sum(-1) + BASE_BITS
-        return np.clip(worth, least[:, None], most[:, None]).astype(np.int32)
+        return np.asarray(np.clip(worth, least[:, None], most[:, None]), np.int32)
 
 
 class FeedForward:
@@ -196,7 +196,9 @@ class Program:
 
     def start(self, tokens: I32, position: I32, sequence: I32, tables: I32, rows: I32) -> None:
         self.position, self.sequence, self.tables, self.rows = position, sequence, tables, rows
-        self.left = [values[: len(tokens)] for values in self.dials]  # of the tokens that are left
+        least, most, price = self.dials
+        n = len(tokens)
+        self.left = least[:n], most[:n], price[:n]  # of the tokens that are left
         e = self.embedding
         self.x = planes.dequantize(e.codes[tokens], e.affine[tokens], e.row_scale[tokens], e.bits, len(tokens), e.cols)
         self.next, self.routed = 0, False
@@ -207,7 +209,8 @@ class Program:
             if not self.routed:
                 attention.forward(self, self.next)
                 if self.next + 1 == len(self.layers):  # nothing but keys and values is needed of the others
-                    self.x, self.left = self.x[self.rows], [values[self.rows] for values in self.left]
+                    least, most, price = self.left
+                    self.x, self.left = self.x[self.rows], (least[self.rows], most[self.rows], price[self.rows])
                 n = len(self.x)
                 if not n:
                     self.next += 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from d2moe.errors import ConfigError
-from d2moe.types import MAX_BITS, check_dial, check_width
+from d2moe.types import MAX_BITS, check_dial, check_width, quality_bits
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -83,7 +83,10 @@ class EngineConfig:
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:
-        """From keyword arguments; `memory` and `expert_memory` may be text like "6GB". Unknown names: ConfigError."""
+        """From keyword arguments; `memory` and `expert_memory` may be text like "6GB", `quality` may name the bits. Unknown names:
+        ConfigError."""
+        if (quality := options.pop("quality", None)) is not None:
+            options["bits"] = quality_bits(quality, options.get("bits"))
         for short in ("memory", "expert_memory"):
             if options.get(short) is not None:
                 options[f"{short}_bytes"] = parse_bytes(options[short], short)

@@ -25,6 +25,7 @@ from d2moe.types import BASE_BITS, MAX_BITS, check_dial, padded
 
 F32 = npt.NDArray[np.float32]
 DEFAULT_CONTEXT = 4096
+DIALS_KEPT = 256
 
 
 class Engine:
@@ -40,6 +41,8 @@ class Engine:
             raise ConfigError(f"{where}: a context of {self.context} tokens is more than the {shape.context} the model was made for")
         threads = config.threads or memory.usable_cpus()
         record, layers = container.record, container.moe_layers
+        self.router = read_router(container)  # before the budget is split, which counts what the process holds by then
+        self._dials: dict[tuple[float, bool], tuple[int, int, float]] = {}
         self.budget = memory.split(
             config,
             shape,
@@ -67,8 +70,6 @@ class Engine:
         blocks = padded(self.context, BLOCK_TOKENS) // BLOCK_TOKENS * config.max_sequences
         self.kv = backend.KvCache(config.kv, shape.layers, blocks, BLOCK_TOKENS, shape.kv_heads, shape.head_dim)
         self._pages = Pages(blocks, self.context)
-        self.router = read_router(container)
-        self._dials: dict[tuple[float, bool], tuple[int, int, float]] = {}
         self.experts = backend.Experts(
             self.runtime,
             layers=len(layers),
@@ -131,6 +132,8 @@ class Engine:
                 found = int(bits), int(bits), 0.0
             else:
                 found = BASE_BITS, MAX_BITS, self.router.price(bits)
+            if len(self._dials) >= DIALS_KEPT:
+                self._dials.clear()
             self._dials[bits, uniform] = found
         return found
 
