@@ -64,9 +64,15 @@ evaluate = Table(
     no_args_is_help=True,
 )
 route = Table(
-    {"train": "d2moe.cli.route:train", "show": "d2moe.cli.route:show", "remove": "d2moe.cli.route:remove"},
+    {"train": "d2moe.cli.routing:train", "show": "d2moe.cli.routing:show", "remove": "d2moe.cli.routing:remove"},
     name="route",
-    help="The width router: how many bits each token asks of each of its experts.",
+    help="""The width router: how many bits each token asks of each of its experts.
+
+    \b
+    Examples:
+      d2moe route train olmoe.d2moe --text c4.txt      then --bits takes any number
+      d2moe route show olmoe.d2moe "Once upon a time" --bits 2.7
+    """,
     no_args_is_help=True,
 )
 commands = Table(
