@@ -81,7 +81,7 @@ def test_damage_is_refused_by_name(container: Container) -> None:
     file = container.path / NAME
     good = file.read_bytes()
     file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    with pytest.raises(ContainerError, match="SHA-256.*route train"):
+    with pytest.raises(ContainerError, match=r"SHA-256.*route train"):
         read_router(Container.open(container.path))
     assert any(NAME in problem for problem in verify(container.path).problems)
     file.write_bytes(good[:-4])
