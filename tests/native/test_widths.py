@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 
 import d2moe
-from d2moe.container import BitRouter, Container, write_router
+from d2moe import cli
+from d2moe.container import BitRouter, Container, read_router, write_router
 from d2moe.errors import ConfigError, RequestError
 from d2moe.kernels import native
 from d2moe.runtime.config import EngineConfig
@@ -104,7 +106,7 @@ def test_a_plain_width_is_what_it_was_without_a_router(routed, rng, bits):
         assert np.array_equal(fed(path, tokens, bits)[0], expected)
 
 
-def test_widths_are_those_of_the_rule(rng, monkeypatch):
+def test_widths_are_those_of_the_rule(rng):
     """The compiled rule and its NumPy twin against the formula in float64, on inputs far from any price."""
     from d2moe.kernels import reference
 
@@ -132,7 +134,6 @@ def test_the_compiled_rule_is_that_of_its_twin(routed, rng):
     _, twin_ids, twin = fed(path, tokens, 3.3, kernels="reference")
     same = (ids == twin_ids).all(-1)
     assert same.mean() > 0.9 and (wide == twin)[same].mean() > 0.98
-    # And each width is what the first layer's own numbers say, without the engine's loops.
     assert 2 < wide.mean() < 8 and router.price(3.3) == pytest.approx(np.interp(3.3, router.dial[:, 0], router.dial[:, 1]))
 
 
@@ -151,3 +152,23 @@ def test_dials_that_cannot_be_had_are_refused(routed, tmp_path):
         assert Container.open(path).manifest.files["bit_router.safetensors"].optional
     with pytest.raises(ConfigError, match="whole number"):
         Engine.load(path, EngineConfig(bits=2.5, uniform=True, context=64))
+
+
+def test_route_show_reports_every_choice(routed, capsys):
+    path, _ = routed
+    text = "Once upon a time, Lily"
+    assert cli.main(["route", "show", str(path), text, "--bits", "3.3", "--dense-bits", "5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    tokens = [token["token"] for token in found["tokens"]]
+    _, ids, wide = fed(path, np.array(tokens, np.int32), 3.3)
+    assert "".join(token["text"] for token in found["tokens"]) == text and found["average_bits"] == pytest.approx(wide.mean())
+    for t, token in enumerate(found["tokens"]):
+        assert [layer["experts"] for layer in token["layers"]] == ids[:, t].tolist()
+        assert [layer["bits"] for layer in token["layers"]] == wide[:, t].tolist()
+    assert sum(found["shares"].values()) == pytest.approx(1)
+    assert cli.main(["route", "show", str(path), text, "--bits", "3.3", "--dense-bits", "5"]) == 0
+    out = capsys.readouterr().out
+    assert f"{wide.mean():.3f} bits on average" in out and f"{ids[0, 0, 0]:>3}:{wide[0, 0, 0]}" in out
+    assert cli.main(["route", "show", str(path), ""]) == 1 and "the text is empty" in capsys.readouterr().err
+    assert cli.main(["route", "remove", str(path)]) == 0 and read_router(Container.open(path)) is None
+    assert cli.main(["route", "remove", str(path)]) == 1 and "no width router" in capsys.readouterr().err

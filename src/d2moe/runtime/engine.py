@@ -125,7 +125,7 @@ class Engine:
             whole = bits == int(bits)
             if not whole and (uniform or self.router is None):
                 why = "one plain width for all was asked for" if uniform else "the model has no width router"
-                how = "" if uniform else f'; train one with "d2moe route train {self.container.path}"'
+                how = "" if uniform else f'; train one with "d2moe route train {self.container.path} --text FILE"'
                 raise RequestError(f"bits is {bits:g}, expected a whole number, since {why}{how}")
             plain = uniform or self.router is None or bits in (BASE_BITS, MAX_BITS)
             if plain or self.router is None:
