@@ -7,7 +7,7 @@ calibration text. One JSON line for each point.
 
   uniform    one width (whole averages only)
   measured   `d2moe route train`
-  experts    the same with a row of values for each expert
+  layers     the same with one row of values for all experts of a layer
   static     widths by expert alone, by measured importance (EdgeMoE, arXiv 2308.14352)
   gate       by squared gate alone, all layers alike
   mass       two widths by the gate mass ranked before an expert (HOBBIT, arXiv 2411.01433), 4 and 2 bits, below 3 on average 3 and 2
@@ -46,8 +46,8 @@ class Frame:
             run(self.decoder, self.decoder.embed(part), lambda m: looking(seen))
         layers = len(self.decoder.moe_layers)
         self.gates = [torch.cat([routed[3] for routed in seen[m::layers]]) for m in range(layers)]
-        self.rules = {"measured": self.measured.rule(), "experts": self.measured.rule(by_expert=True)}
-        experts = self.rules["experts"]
+        self.rules = {"measured": self.measured.rule(), "layers": self.measured.rule(prior=math.inf)}
+        experts = self.rules["measured"]
         chosen = [torch.cat([routed[2] for routed in seen[m::layers]]).flatten() for m in range(layers)]
         uses = torch.stack([torch.bincount(ids, minlength=container.experts) for ids in chosen])
         importance = (self.measured.mass / uses.clamp(min=1)).clamp(min=1e-30).log()[..., None]  # mean squared gate
@@ -92,7 +92,7 @@ class Frame:
         return lambda m: choose
 
     def fewer(self, bits: float):
-        first = self.measured.rule().planes[:, 0, 0].exp()  # what a layer loses by the first step of width
+        first = self.rules["layers"].planes[:, 0, 0].exp()  # what a layer loses by the first step of width
         value = torch.cat([(s * gates.square()).flatten() for s, gates in zip(first, self.gates, strict=True)])
         limit = value.quantile(1 - bits / 4)
 
@@ -128,7 +128,7 @@ class Frame:
         return bits, kl / windows.numel(), math.exp(nll / windows[:, 1:].numel())
 
 
-METHODS = ("uniform", "measured", "experts", "static", "gate", "mass", "priority", "fewer")
+METHODS = ("uniform", "measured", "layers", "static", "gate", "mass", "priority", "fewer")
 
 
 def main() -> None:

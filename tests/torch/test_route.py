@@ -75,7 +75,12 @@ def test_measured_values_are_differences_of_outputs(model):
     assert (found.sense > 0).all() and (found.difference[used] > 0).all()
     assert (found.difference[used][:, 0] > found.difference[used][:, 3]).all(), "two bits are further off than five"
     rule = found.rule()
-    assert (rule.planes.diff(dim=-1) <= 0).all() and (rule.planes == rule.planes[:, :1]).all()
+    assert (rule.planes.diff(dim=-1) <= 0).all() and torch.isfinite(rule.planes).all()
+    rows = found.rule(prior=float("inf")).planes
+    assert (rows == rows[:, :1]).all() and not (rule.planes == rule.planes[:, :1]).all()
+    # An expert that the text never used is as good as its layer's middle one.
+    found.mass[0, 0], found.difference[0, 0] = 0, 0
+    assert torch.allclose(found.rule().planes[0, 0], found.rule(prior=float("inf")).planes[0, 0], atol=1e-4)
     dial = calibrate(decoder, rule, windows, silent)
     widths = [w.flatten() for w in chosen(decoder, windows, rule.at(float(np.interp(3.0, *dial.T))))]
     assert torch.cat(widths).float().mean() == pytest.approx(3.0, abs=0.05)

@@ -7,8 +7,7 @@ The value of plane b of expert e in layer l to a token, in nats of the token's K
 
 measured: D[l, e, b], the mean squared difference of an expert's output at b bits from that at 8, is taken from a run over the
 text; S[l], what a squared difference in a layer costs at the end, from runs with one layer alone at SENSE_BITS. A plane's value is
-the step of D times S, one row for all experts of a layer: rows of their own gained nothing and let the average drift with the
-domain (docs/log.md).
+the step of D times S.
 
 learned: from there by gradients, as in arXiv 2504.15299 (distillation, a price per bit, weights frozen). The loss is the KL
 divergence from the teacher over the price, plus the bits taken; the price is drawn anew for each batch, so one router serves all
@@ -40,6 +39,7 @@ BATCH = 16
 """Windows run at a time without gradients; LEARN_BATCH with."""
 LEARN_BATCH = 4
 SENSE_BITS = 3
+PRIOR = 0.1
 TEMPERATURE = 0.7
 RATE = 0.02
 PRICED = (2.1, 5.0)
@@ -140,13 +140,14 @@ class Measured:
     mass: Tensor
     sense: Tensor
 
-    def rule(self, by_expert: bool = False) -> Rule:
-        """The untrained start. `by_expert`: a row for each expert."""
+    def rule(self, prior: float = PRIOR) -> Rule:
+        """The untrained start. An expert's difference is mixed with the layer's, which counts as much as `prior` of an even share of
+        the text: experts that the text hardly used know little of themselves. Infinite: one row for a layer."""
         layers, experts, _ = self.difference.shape
-        d = self.difference
-        if not by_expert:
-            share = (self.mass / self.mass.sum(-1, keepdim=True))[..., None]
-            d = (d * share).sum(1, keepdim=True).expand(layers, experts, PLANES)
+        share = (self.mass / self.mass.sum(-1, keepdim=True))[..., None]
+        mean = (self.difference * share).sum(1, keepdim=True)
+        own = share / (share + prior / experts)
+        d = own * self.difference + (1 - own) * mean
         step = d - torch.cat([d[..., 1:], torch.zeros_like(d[..., :1])], -1)
         planes = (step * self.sense[:, None, None]).clamp(min=TINY).log()
         return Rule(planes.cummin(-1)[0].contiguous(), torch.tensor([[2.0, 0.0]]).repeat(layers, 1))

@@ -43,6 +43,10 @@ class Engine:
         record, layers = container.record, container.moe_layers
         self.router = read_router(container)  # before the budget is split, which counts what the process holds by then
         self._dials: dict[tuple[float, bool], tuple[int, int, float]] = {}
+        try:
+            self.dial(config.bits, config.uniform)
+        except RequestError as error:
+            raise ConfigError(str(error)) from None
         self.budget = memory.split(
             config,
             shape,
@@ -92,10 +96,6 @@ class Engine:
         dense = DenseOptions(config.dense_width, record.group, memory.Arena(self.budget.dense).take)
         widths = [self.router.layer(index) for index in range(len(layers))] if self.router else []
         self.decoder = Decoder(backend, self.runtime, shape, container, dense, chunk, self.kv, self.experts, report, widths)
-        try:
-            self.dial(config.bits, config.uniform)
-        except RequestError as error:
-            raise ConfigError(str(error)) from None
 
     @classmethod
     def load(
