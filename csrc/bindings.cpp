@@ -110,6 +110,19 @@ struct PyRouter {
   }
 };
 
+struct PyWidths {
+  WidthRouter router;
+  In<float> planes;
+  std::optional<In<float>> weight;
+
+  PyWidths(In<float> planes_, std::optional<In<float>> weight_, float gate_power, float norm_power)
+      : planes(std::move(planes_)), weight(std::move(weight_)) {
+    expect(planes.ndim() == 2 && planes.shape(1) == kPlanes, "planes is [experts, 6]");
+    expect(!weight || (weight->ndim() == 2 && weight->shape(0) == planes.shape(0)), "weight is [experts, hidden]");
+    router = {planes.data(), weight ? weight->data() : nullptr, gate_power, norm_power};
+  }
+};
+
 struct PyFeedForward {
   FeedForwardWeights weights;
   std::optional<In<float>> mix, norm;
@@ -176,40 +189,51 @@ struct PyExperts {
 };
 
 struct PyProgram {
-  Array<int32_t> ids;
-  In<int32_t> bits;
-  In<float> norm;
+  Array<int32_t> ids, bits;
+  In<int32_t> least, most;
+  In<float> price, norm;
   Program program;
   const KvCache& kv;
   int64_t hidden;
 
   PyProgram(Runtime& rt, const PyLinear& embedding, const PyLinear& head, In<float> norm_, float eps,
             std::vector<float> inverse_frequency, float rope_scale, KvCache& kv, PyExperts& experts, Array<int32_t> ids_,
-            In<int32_t> bits_)
-      : ids(std::move(ids_)), bits(std::move(bits_)), norm(std::move(norm_)),
+            Array<int32_t> bits_, In<int32_t> least_, In<int32_t> most_, In<float> price_)
+      : ids(std::move(ids_)), bits(std::move(bits_)), least(std::move(least_)), most(std::move(most_)), price(std::move(price_)),
+        norm(std::move(norm_)),
         program(rt, checked(embedding, head, norm, ids, bits, kv, experts, inverse_frequency), embedding.linear, head.linear,
-                norm.data(), eps, inverse_frequency, rope_scale, kv, experts.executor, ids.data(), bits.data()),
-        kv(kv), hidden(embedding.linear.matrix.shape.cols) {}
+                norm.data(), eps, inverse_frequency, rope_scale, kv, experts.executor, ids.data(), bits.data(),
+                {least.data(), most.data(), price.data()}),
+        kv(kv), hidden(embedding.linear.matrix.shape.cols) {
+    expect_size(least, program.shape().max_tokens, "least");
+    expect_size(most, program.shape().max_tokens, "most");
+    expect_size(price, program.shape().max_tokens, "price");
+  }
 
   static ProgramShape checked(const PyLinear& embedding, const PyLinear& head, const In<float>& norm, const Array<int32_t>& ids,
-                              const In<int32_t>& bits, const KvCache& kv, const PyExperts& experts, const std::vector<float>& frequency) {
+                              const Array<int32_t>& bits, const KvCache& kv, const PyExperts& experts, const std::vector<float>& frequency) {
     const MatrixShape &e = embedding.linear.matrix.shape, &h = head.linear.matrix.shape;
     expect(e.cols == h.cols && e.rows == h.rows, "embedding and head differ in shape");
     expect_size(norm, h.cols, "norm");
-    expect(ids.ndim() == 3 && bits.ndim() == 2 && ids.shape(1) == bits.shape(0) && ids.shape(2) == bits.shape(1),
-           "ids is [moe_layers, max_tokens, top_k], bits is [max_tokens, top_k]");
+    expect(ids.ndim() == 3 && bits.ndim() == 3, "ids and bits are [moe_layers, max_tokens, top_k]");
+    for (size_t axis = 0; axis < 3; ++axis) expect(ids.shape(axis) == bits.shape(axis), "ids and bits differ in shape");
     expect(int64_t(ids.shape(0)) == experts.shape.layers && experts.shape.hidden == e.cols, "ids and experts do not fit the model");
     expect(int64_t(frequency.size()) * 2 == kv.head_dim, "inverse_frequency is [head_dim / 2]");
     return {e.cols, e.rows, int64_t(ids.shape(2)), int64_t(ids.shape(0)), int64_t(ids.shape(1))};
   }
 
-  void add_layer(const PyAttention& attention, const PyRouter* router, const PyFeedForward* feed_forward) {
+  void add_layer(const PyAttention& attention, const PyRouter* router, const PyFeedForward* feed_forward, const PyWidths* widths) {
     expect(attention.shape.hidden == hidden && attention.shape.kv_heads == kv.kv_heads && attention.shape.head_dim == kv.head_dim,
            "the attention does not fit the model or its cache");
     expect(!router || (router->weights.hidden == hidden && router->weights.top_k == program.shape().top_k),
            "the router does not fit the model");
+    if (widths)
+      expect(router && widths->planes.shape(0) == size_t(router->weights.experts) &&
+                 (!widths->weight || int64_t(widths->weight->shape(1)) == hidden),
+             "the width router does not fit the model");
     program.add_layer(attention.shape, attention.weights, router ? std::optional(router->weights) : std::nullopt,
-                      feed_forward ? std::optional(feed_forward->weights) : std::nullopt);
+                      feed_forward ? std::optional(feed_forward->weights) : std::nullopt,
+                      widths ? std::optional(widths->router) : std::nullopt);
   }
 
   void start(In<int32_t> tokens, In<int32_t> position, In<int32_t> sequence, In<int32_t> tables, In<int32_t> rows) {
@@ -229,9 +253,9 @@ struct PyProgram {
     for (size_t i = 0; i < rows.size(); ++i)
       expect(rows.data()[i] >= 0 && rows.data()[i] < n && (!i || rows.data()[i] > rows.data()[i - 1]),
              "rows are tokens of the step, each once and ascending");
-    const int32_t* b = bits.data();
-    for (int64_t i = 0; i < n * program.shape().top_k; ++i)
-      expect(b[i] >= kBaseBits && b[i] <= kMaxBits, "bits are from 2 to 8");
+    for (int64_t t = 0; t < n; ++t)
+      expect(kBaseBits <= least.data()[t] && least.data()[t] <= most.data()[t] && most.data()[t] <= kMaxBits,
+             "widths are from 2 to 8, the least no more than the most");
     const TokenPlaces places{position.data(), sequence.data(), tables.data(), wide};
     nb::gil_scoped_release free;
     program.start(tokens.data(), places, n, sequences, rows.data(), int64_t(rows.size()));
@@ -248,7 +272,7 @@ struct PyProgram {
     program.compute(experts.data(), int64_t(experts.size()));
   }
 
-  // (first layer, ids int32 [layers, tokens, top_k], bits int32 [tokens, top_k]) of each note.
+  // (first layer, ids, bits int32 [layers, tokens, top_k]) of each note.
   auto take_notes() {
     using Ids = nb::ndarray<nb::numpy, int32_t, nb::c_contig>;
     const size_t top_k = size_t(program.shape().top_k);
@@ -257,7 +281,7 @@ struct PyProgram {
       auto* kept = new Program::Note(std::move(note));
       nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<Program::Note*>(p); });
       out.emplace_back(kept->first, Ids(kept->ids.data(), {size_t(kept->layers), size_t(kept->tokens), top_k}, owner),
-                       Ids(kept->bits.data(), {size_t(kept->tokens), top_k}, owner));
+                       Ids(kept->bits.data(), {size_t(kept->layers), size_t(kept->tokens), top_k}, owner));
     }
     return out;
   }
@@ -346,6 +370,8 @@ NB_MODULE(_native, m) {
            "q_norm"_a.none(), "k_norm"_a.none());
   nb::class_<PyRouter>(m, "Router")
       .def(nb::init<In<float>, In<float>, int64_t, bool, float>(), "norm"_a, "weight"_a, "top_k"_a, "normalise"_a, "eps"_a);
+  nb::class_<PyWidths>(m, "WidthRouter")
+      .def(nb::init<In<float>, std::optional<In<float>>, float, float>(), "planes"_a, "weight"_a.none(), "gate_power"_a, "norm_power"_a);
   nb::class_<PyFeedForward>(m, "FeedForward")
       .def(nb::init<const PyLinear&, const PyLinear&, const PyLinear&, std::optional<In<float>>, std::optional<In<float>>, float>(),
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), "gate"_a, "up"_a, "down"_a, "mix"_a.none(),
@@ -372,12 +398,12 @@ NB_MODULE(_native, m) {
       });
   nb::class_<PyProgram>(m, "Program")
       .def(nb::init<Runtime&, const PyLinear&, const PyLinear&, In<float>, float, std::vector<float>, float, KvCache&, PyExperts&,
-                    Array<int32_t>, In<int32_t>>(),
+                    Array<int32_t>, Array<int32_t>, In<int32_t>, In<int32_t>, In<float>>(),
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 9>(), nb::keep_alive<1, 10>(),
            "runtime"_a, "embedding"_a, "head"_a, "norm"_a, "eps"_a, "inverse_frequency"_a, "rope_scale"_a, "kv"_a, "experts"_a,
-           "ids"_a, "bits"_a)
+           "ids"_a, "bits"_a, "least"_a, "most"_a, "price"_a)
       .def("add_layer", &PyProgram::add_layer, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(),
-           "attention"_a, "router"_a.none(), "feed_forward"_a.none())
+           nb::keep_alive<1, 5>(), "attention"_a, "router"_a.none(), "feed_forward"_a.none(), "widths"_a.none())
       .def("start", &PyProgram::start)
       .def("run", &PyProgram::run)
       .def("compute", &PyProgram::compute)

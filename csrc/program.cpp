@@ -27,18 +27,19 @@ private:
 
 Program::Program(Runtime& rt, const ProgramShape& shape, const Linear& embedding, const Linear& head,
                  const float* final_norm, float eps, std::vector<float> inverse_frequency, float rope_scale, KvCache& kv,
-                 Executor& experts, int32_t* ids, const int32_t* bits)
+                 Executor& experts, int32_t* ids, int32_t* bits, const Dials& dials)
     : rt_(rt), shape_(shape), embedding_(embedding), head_(head), final_norm_(final_norm), eps_(eps),
       inverse_frequency_(std::move(inverse_frequency)), rope_scale_(rope_scale), kv_(kv), experts_(experts), ids_(ids),
-      bits_(bits), x_(size_t(shape.max_tokens * shape.hidden)), h_(x_.size()), gates_(size_t(shape.max_tokens * shape.top_k)) {}
+      bits_(bits), dials_(dials), x_(size_t(shape.max_tokens * shape.hidden)), h_(x_.size()), gates_(size_t(shape.max_tokens * shape.top_k)) {}
 
 Program::~Program() = default;
 
 void Program::add_layer(const AttentionShape& shape, const AttentionWeights& attention,
-                        const std::optional<RouterWeights>& router, const std::optional<FeedForwardWeights>& feed_forward) {
+                        const std::optional<RouterWeights>& router, const std::optional<FeedForwardWeights>& feed_forward,
+                        const std::optional<WidthRouter>& widths) {
   if (!router && !feed_forward) throw std::invalid_argument("a layer has a router, a feed-forward block or both");
   if (router && moe_count_ == shape_.moe_layers) throw std::invalid_argument("more layers with routers than were announced");
-  layers_.push_back({shape, attention, router, feed_forward, router ? moe_count_++ : -1});
+  layers_.push_back({shape, attention, router, feed_forward, widths, router ? moe_count_++ : -1});
 }
 
 void Program::start(const int32_t* ids, const TokenPlaces& places, int64_t tokens, int64_t sequences, const int32_t* rows,
@@ -51,7 +52,9 @@ void Program::start(const int32_t* ids, const TokenPlaces& places, int64_t token
   tables_.assign(places.block_tables, places.block_tables + sequences * places.table_blocks);
   table_blocks_ = places.table_blocks;
   rows_.assign(rows, rows + count);
-  wide_.assign(bits_, bits_ + tokens * shape_.top_k);
+  least_.assign(dials_.least, dials_.least + tokens);
+  most_.assign(dials_.most, dials_.most + tokens);
+  price_.assign(dials_.price, dials_.price + tokens);
   next_ = 0;
   noting_ = false;
   turn();
@@ -77,9 +80,11 @@ void Program::turn() {
 void Program::keep_rows() {
   if (int64_t(rows_.size()) == tokens_) return;
   for (size_t i = 0; i < rows_.size(); ++i) { // ascending, so nothing is overwritten that is still to be copied
-    const size_t row = size_t(rows_[i]), hidden = size_t(shape_.hidden), top_k = size_t(shape_.top_k);
+    const size_t row = size_t(rows_[i]), hidden = size_t(shape_.hidden);
     std::copy_n(x_.data() + row * hidden, hidden, x_.data() + i * hidden);
-    std::copy_n(wide_.data() + row * top_k, top_k, wide_.data() + i * top_k);
+    least_[i] = least_[row];
+    most_[i] = most_[row];
+    price_[i] = price_[row];
   }
   tokens_ = int64_t(rows_.size());
   noting_ = false; // a note has one number of tokens
@@ -102,9 +107,13 @@ int64_t Program::run() {
         continue;
       }
       route(rt_, *layer.router, tokens_, x, h, ids(layer.moe_index), gates_.data());
+      const int32_t* chosen = ids(layer.moe_index);
+      int32_t* wide = bits(layer.moe_index);
+      choose_widths(rt_, layer.widths ? &*layer.widths : nullptr, shape_.hidden, tokens_, shape_.top_k, x, h, chosen, gates_.data(),
+                    {least_.data(), most_.data(), price_.data()}, wide);
       routed_ = true;
-      wanted_bytes_ += experts_.wanted_bytes(tokens_ * shape_.top_k, ids(layer.moe_index), wide_.data());
-      held_ = pause_ != Pause::decide && experts_.holds(layer.moe_index, tokens_ * shape_.top_k, ids(layer.moe_index), wide_.data());
+      wanted_bytes_ += experts_.wanted_bytes(tokens_ * shape_.top_k, chosen, wide);
+      held_ = pause_ != Pause::decide && experts_.holds(layer.moe_index, tokens_ * shape_.top_k, chosen, wide);
       if (held_)
         note(layer.moe_index);
       else
@@ -114,7 +123,6 @@ int64_t Program::run() {
     if (!experts_.begun()) open();
     experts_.compute(nullptr, 0);
     experts_.finish(gates_.data(), x);
-    chosen_.clear();
     routed_ = false;
   }
   return -1;
@@ -122,11 +130,12 @@ int64_t Program::run() {
 
 void Program::note(int64_t moe_index) {
   const int64_t pairs = tokens_ * shape_.top_k;
-  if (!noting_) notes_.push_back({moe_index, 0, tokens_, {}, {wide_.begin(), wide_.begin() + pairs}});
+  if (!noting_) notes_.push_back({moe_index, 0, tokens_, {}, {}});
   noting_ = true;
   Note& n = notes_.back();
   ++n.layers;
   n.ids.insert(n.ids.end(), ids(moe_index), ids(moe_index) + pairs);
+  n.bits.insert(n.bits.end(), bits(moe_index), bits(moe_index) + pairs);
 }
 
 std::vector<Program::Note> Program::take_notes() {
@@ -141,13 +150,12 @@ void Program::compute(const int32_t* experts, int64_t count) {
   experts_.compute(experts, count);
 }
 
-void Program::choose(const int32_t* bits, const float* gates) {
+void Program::choose(const int32_t* widths, const float* gates) {
   if (!routed_ || experts_.begun()) throw std::logic_error("choose: no layer is waiting that has not begun");
-  const int64_t pairs = tokens_ * shape_.top_k;
-  const int32_t* ids_of = ids(layers_[next_].moe_index);
-  wanted_bytes_ -= experts_.wanted_bytes(pairs, ids_of, chosen_.empty() ? wide_.data() : chosen_.data());
-  chosen_.assign(bits, bits + pairs);
-  wanted_bytes_ += experts_.wanted_bytes(pairs, ids_of, chosen_.data());
+  const int64_t pairs = tokens_ * shape_.top_k, layer = layers_[next_].moe_index;
+  wanted_bytes_ -= experts_.wanted_bytes(pairs, ids(layer), bits(layer));
+  std::copy_n(widths, pairs, bits(layer));
+  wanted_bytes_ += experts_.wanted_bytes(pairs, ids(layer), bits(layer));
   if (gates) std::copy_n(gates, pairs, gates_.data());
 }
 
@@ -168,7 +176,7 @@ void Program::forecast(int64_t ahead, int32_t* out) {
 
 void Program::open() {
   const Layer& layer = layers_[next_];
-  experts_.begin(layer.moe_index, tokens_, shape_.top_k, h_.data(), ids(layer.moe_index), chosen_.empty() ? wide_.data() : chosen_.data());
+  experts_.begin(layer.moe_index, tokens_, shape_.top_k, h_.data(), ids(layer.moe_index), bits(layer.moe_index));
   // The shared expert is computed while the first planes are on their way.
   if (layer.feed_forward) feed_forward(rt_, *layer.feed_forward, tokens_, h_.data(), x_.data());
 }
@@ -181,7 +189,6 @@ void Program::logits(float* out) {
 
 void Program::abandon() {
   if (experts_.begun()) experts_.abandon();
-  chosen_.clear();
   routed_ = false;
   next_ = layers_.size();
 }

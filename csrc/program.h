@@ -3,6 +3,7 @@
 #pragma once
 #include "attention.h"
 #include "executor.h"
+#include "widths.h"
 
 #include <optional>
 
@@ -14,18 +15,19 @@ struct ProgramShape {
 
 class Program {
 public:
-  // ids [moe_layers, max_tokens, top_k] receives the experts chosen in the step; bits [max_tokens, top_k] says how wide
-  // each choice shall be and is the caller's to fill before `start`.
+  // ids and bits [moe_layers, max_tokens, top_k] receive the experts chosen in the step and their widths; the arrays of
+  // dials [max_tokens] say what the tokens allow and are the caller's to fill before `start`.
   Program(Runtime& rt, const ProgramShape& shape, const Linear& embedding, const Linear& head, const float* final_norm,
           float eps, std::vector<float> inverse_frequency, float rope_scale, KvCache& kv, Executor& experts, int32_t* ids,
-          const int32_t* bits);
+          int32_t* bits, const Dials& dials);
   ~Program();
   Program(const Program&) = delete;
   Program& operator=(const Program&) = delete;
 
-  // A layer without a router has a feed-forward block of its own; with one, the block is the shared expert, if any.
+  // A layer without a router has a feed-forward block of its own; with one, the block is the shared expert, if any. Without a width
+  // router its tokens take the least they allow.
   void add_layer(const AttentionShape& shape, const AttentionWeights& attention, const std::optional<RouterWeights>& router,
-                 const std::optional<FeedForwardWeights>& feed_forward);
+                 const std::optional<FeedForwardWeights>& feed_forward, const std::optional<WidthRouter>& widths);
 
   // rows [count], ascending: the tokens whose logits are wanted. The others end with their keys and values of the last layer.
   void start(const int32_t* ids, const TokenPlaces& places, int64_t tokens, int64_t sequences, const int32_t* rows, int64_t count);
@@ -39,7 +41,7 @@ public:
   void pause(Pause when) { pause_ = when; }
   bool held() const { return held_; } // whether the layer that run came back at has all its experts, which was noted
   // For the layer that waits: other widths [tokens, top_k], 0 leaving an expert out, and other gates, unless null.
-  void choose(const int32_t* bits, const float* gates);
+  void choose(const int32_t* widths, const float* gates);
   const float* gates() const { return gates_.data(); } // [waiting, top_k] of the layer that waits
   int64_t waiting() const { return routed_ ? tokens_ : 0; }
   // out [waiting, ahead, top_k]: experts that the routers of the next MoE layers choose for the input of the one that waits, by
@@ -52,7 +54,7 @@ public:
   // Layers in a row of one step that found all their experts in memory, so that nobody was asked about them.
   struct Note {
     int64_t first, layers, tokens;
-    std::vector<int32_t> ids, bits; // [layers, tokens, top_k], [tokens, top_k]
+    std::vector<int32_t> ids, bits; // [layers, tokens, top_k]
   };
   std::vector<Note> take_notes(); // all since the last call
   int64_t busy_ns() const { return busy_ns_; } // time spent in the calls above
@@ -67,9 +69,11 @@ private:
     AttentionWeights attention;
     std::optional<RouterWeights> router;
     std::optional<FeedForwardWeights> feed_forward;
+    std::optional<WidthRouter> widths;
     int64_t moe_index;
   };
   int32_t* ids(int64_t moe_index) { return ids_ + moe_index * shape_.max_tokens * shape_.top_k; }
+  int32_t* bits(int64_t moe_index) { return bits_ + moe_index * shape_.max_tokens * shape_.top_k; }
   void open(); // begins the waiting layer's experts and computes its shared one
   void note(int64_t moe_index);
   void turn(); // cosine and sine of the step's positions
@@ -84,8 +88,8 @@ private:
   const float rope_scale_;
   KvCache& kv_;
   Executor& experts_;
-  int32_t* const ids_;
-  const int32_t* const bits_;
+  int32_t *const ids_, *const bits_;
+  const Dials dials_;
   std::vector<Layer> layers_;
   std::vector<Note> notes_;
   bool noting_ = false; // whether the last note is of this step and of the layer before
@@ -93,8 +97,8 @@ private:
 
   std::vector<float> x_, h_, gates_, cosine_, sine_;
   std::vector<int32_t> position_, sequence_, tables_, rows_;
-  std::vector<int32_t> wide_; // bits of the tokens that are left, [tokens, top_k]
-  std::vector<int32_t> chosen_; // those of the waiting layer where they differ
+  std::vector<int32_t> least_, most_; // dials of the tokens that are left, with their prices
+  std::vector<float> price_;
   Pause pause_ = Pause::missing;
   bool held_ = false;
   int64_t tokens_ = 0, table_blocks_ = 0;

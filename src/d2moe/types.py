@@ -90,6 +90,26 @@ def check_width(bits: int, name: str = "bits") -> int:
     return bits
 
 
+QUALITIES = {"fast": 2.5, "balanced": 3.0, "best": 5.0}
+"""Named average widths, in bits."""
+
+
+def quality_bits(quality: str, bits: float | None) -> float:
+    """The average width that `quality` names; ConfigError if it names none, or `bits` are given as well."""
+    if quality not in QUALITIES:
+        raise ConfigError(f"quality is {quality!r}, expected one of {', '.join(QUALITIES)}")
+    if bits is not None:
+        raise ConfigError(f"quality {quality} is {QUALITIES[quality]:g} bits and bits is {bits:g}; give one of the two")
+    return QUALITIES[quality]
+
+
+def check_dial(bits: float, name: str = "bits") -> float:
+    """Return `bits` if it is a number from 2 to 8, an average width; raise ConfigError otherwise."""
+    if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not BASE_BITS <= bits <= MAX_BITS:
+        raise ConfigError(f"{name} is {bits!r}, expected a number from {BASE_BITS} to {MAX_BITS}")
+    return bits
+
+
 def padded(n: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `n`."""
     return -(-n // multiple) * multiple

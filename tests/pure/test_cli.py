@@ -166,6 +166,10 @@ def test_run_streams_to_stdout_and_reports_on_stderr(toy: SimpleNamespace, run: 
     assert (code, out) == (0, "a story\n")
     assert "tokens/s" in err and "greedy" in err and "bits on average" in err
     assert toy.options == {"bits": 3, "memory": "96MB"}
+    options = {"bits": 3.5, "uniform": True, "dense_bits": 6, "kv": "q8", "threads": 1}
+    assert run("run", "m", "once", "--bits", "3.5", "--uniform", "--dense-bits", "6", "--kv", "q8", "--threads", "1")[0] == 0
+    assert toy.options == options
+    assert run("run", "m", "once", "--quality", "fast")[0] == 0 and toy.options == {"quality": "fast"}
     assert toy.engine.closed and toy.engine.live == 0
     assert run("run", "m", "once", "--no-report")[1:] == ("a story\n", "")
 

@@ -52,8 +52,7 @@ class ToyEngine:
     def __init__(self, script: bytes | None = None, context: int = 64, eos: tuple[int, ...] = (END,)):
         self.shape: Any = SimpleNamespace(vocab=257, eos_ids=eos, model_type="toy", context=context)
         self.context, self.script = context, script
-        self.config = SimpleNamespace(bits=4, memory_bytes=None)
-        self.widths = (2, 3, 4)
+        self.config = SimpleNamespace(bits=4, uniform=False, memory_bytes=None)
         self.counters = Counters()
         self.live, self.closed, self.steps = 0, False, 0
         rng = np.random.default_rng(7)
@@ -63,7 +62,11 @@ class ToyEngine:
         self.live += 1
         return ToySequence(self)
 
-    def row(self, tokens: Sequence[int], prompt: int, bits: int) -> np.ndarray:
+    def dial(self, bits: float, uniform: bool = False) -> None:
+        if bits not in (2, 3, 4):
+            raise RequestError(f"toy.d2moe has no width of {bits} bits, choose one of 2, 3, 4")
+
+    def row(self, tokens: Sequence[int], prompt: int, bits: float) -> np.ndarray:
         if self.script is not None:
             done = len(tokens) - prompt
             row = np.zeros(257, np.float32)

@@ -37,26 +37,26 @@ def test_a_file_gives_back_what_was_recorded(tmp_path, seed):
     recorder, expected = Recorder(META, ahead=2), []
     for tokens, wanted in ((7, 0), (3, 3), (1, 1), (5, 2)):
         rows = np.sort(rng.choice(tokens, wanted, replace=False)).astype(np.int32)
-        bits = rng.integers(2, 9, (tokens, 4)).astype(np.int32)
-        recorder.begin(np.arange(tokens), np.zeros(tokens, int), bits, rows)
+        recorder.begin(np.arange(tokens), np.zeros(tokens, int), rows)
         calls = []
         for layer in range(5):
             seen = wanted if layer == 4 else tokens
             if seen:
-                calls.append((layer, rng.integers(0, 32, (seen, 4)), rng.random((seen, 4)).astype(np.float32)))
-                recorder.call(calls[-1][1], calls[-1][2], rng.integers(0, 32, (seen, 2, 4)))
+                bits = rng.integers(2, 9, (seen, 4)).astype(np.int32)
+                calls.append((layer, rng.integers(0, 32, (seen, 4)), bits, rng.random((seen, 4)).astype(np.float32)))
+                recorder.call(*calls[-1][1:], rng.integers(0, 32, (seen, 2, 4)))
         recorder.end()
-        expected.append((tokens, rows, bits, calls))
-    recorder.begin(np.arange(2), np.zeros(2, int), np.full((2, 4), 4), np.arange(2))  # broken off: not part of it
+        expected.append((tokens, rows, calls))
+    recorder.begin(np.arange(2), np.zeros(2, int), np.arange(2))  # broken off: not part of it
     recorder.trace().save(tmp_path / "t.npz")
     found = Trace.load(tmp_path / "t.npz")
     assert found.meta == META and found.tokens == 16
-    for step, (tokens, rows, bits, calls) in zip(found, expected, strict=True):
+    for step, (tokens, rows, calls) in zip(found, expected, strict=True):
         assert step.tokens == tokens and np.array_equal(step.rows, rows)
         assert len(step.calls) == len(calls)
-        for call, (layer, ids, gates) in zip(step.calls, calls, strict=True):
+        for call, (layer, ids, bits, gates) in zip(step.calls, calls, strict=True):
             assert call.layer == layer and np.array_equal(call.ids, ids) and np.array_equal(call.gates, gates)
-            assert np.array_equal(call.bits, bits[rows] if layer == 4 else bits)
+            assert np.array_equal(call.bits, bits)
 
 
 def test_damaged_files_are_refused(tmp_path, seed):

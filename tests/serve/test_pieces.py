@@ -113,10 +113,10 @@ def test_demanded_calls_work_with_tags_as_tokens_and_as_text(tags: list[str]) ->
 
 def test_widths_of_dials() -> None:
     wishes = ((None, None), (3.0, None), (None, "fast"), (None, "balanced"), (None, "best"))
-    assert [width_of(bits, quality, 5) for bits, quality in wishes] == [5, 3, 3, 4, 8]
-    for bits in (1, 9, 2.6, 1e300):
-        with pytest.raises(RequestError, match="expected a whole number from 2 to 8"):
-            width_of(bits, None, 4)
+    assert [width_of(bits, quality, 5, routed=False) for bits, quality in wishes] == [5, 3, 3, 3, 5]
+    assert [width_of(bits, quality, 2.2, routed=True) for bits, quality in wishes] == [2.2, 3, 2.5, 3, 5]
+    with pytest.raises(RequestError, match="either bits or quality"):
+        width_of(3, "fast", 4, routed=True)
 
 
 def test_loopback_names() -> None:

@@ -63,6 +63,18 @@ evaluate = Table(
     help="Measure a model's quality.",
     no_args_is_help=True,
 )
+route = Table(
+    {"train": "d2moe.cli.routing:train", "show": "d2moe.cli.routing:show", "remove": "d2moe.cli.routing:remove"},
+    name="route",
+    help="""The width router: how many bits each token asks of each of its experts.
+
+    \b
+    Examples:
+      d2moe route train olmoe.d2moe --text c4.txt      then --bits takes any number
+      d2moe route show olmoe.d2moe "Once upon a time" --bits 2.7
+    """,
+    no_args_is_help=True,
+)
 commands = Table(
     {
         "run": "d2moe.cli.run:run",
@@ -71,6 +83,7 @@ commands = Table(
         "inspect": "d2moe.cli.files:inspect",
         "verify": "d2moe.cli.files:verify",
         "eval": "d2moe.cli:evaluate",
+        "route": "d2moe.cli:route",
         "bench": "d2moe.cli.measure:bench",
         "trace": "d2moe.cli.laboratory:trace",
         "simulate": "d2moe.cli.laboratory:simulate",

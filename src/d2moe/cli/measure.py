@@ -70,9 +70,9 @@ def perplexity(
             found = measure(
                 m.engine, tokens, tokenizer=tokenizer, context=context, stride=step, max_tokens=max_tokens, progress=bar
             )
-        kernels = m.engine.describe().get("kernels")
+        kernels, dial = m.engine.describe().get("kernels"), m.engine.config.bits
     rows = [_row(path.name, found)]
-    line: dict[str, Any] = {**found.as_dict(), "model": str(path), "text": text, "kernels": kernels}
+    line: dict[str, Any] = {**found.as_dict(), "model": str(path), "text": text, "kernels": kernels, "dial": dial}
     if reference is not None:
         from d2moe.evaluate.reference import reference_perplexity
 
@@ -103,7 +103,7 @@ def perplexity(
 
 
 def _row(name: str, found: Any) -> tuple[str, ...]:
-    bits = "-" if found.bits is None else f"{found.bits:g}"
+    bits = "-" if found.bits is None else f"{found.bits:.4g}"
     speed = found.tokens / found.seconds if found.seconds > 0 else 0.0
     return (name, bits, f"{found.perplexity:.4f}", f"{found.bits_per_byte:.4f}", f"{speed:.0f}")
 

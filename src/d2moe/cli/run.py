@@ -48,13 +48,14 @@ def run(model: str | None, prompt: str | None, chat: bool | None, report: bool, 
     \b
     Examples:
       d2moe run builtin "Once upon a time" --memory 96MB --bits 3
+      d2moe run builtin "Once upon a time" --bits 2.7  an average width, spent where it is worth most
       d2moe run olmoe.d2moe "The capital of France is" --memory 2GB --temperature 0 --max-tokens 20
       cat letter.txt | d2moe run olmoe.d2moe --chat --no-report > answer.txt
       d2moe run qwen3.d2moe                            a conversation, if the model has a chat template
     """
     if model is not None and prompt is None and model != "builtin" and not Path(model).exists() and " " in model:
         model, prompt = None, model  # one argument with spaces that is no path is a prompt
-    engine = {k: options.pop(k) for k in ENGINE_NAMES}
+    engine = {k: options.pop(k) for k in (*ENGINE_NAMES, "context")}
     values = {k: v for k, v in options.items() if v is not None and v is not False and v != ()}
     values |= seed_of(values.get("seed"))
     from d2moe.runtime.sampling import SamplingParams

@@ -10,10 +10,25 @@ import click
 
 from d2moe.errors import ConfigError, ContainerError, RequestError
 from d2moe.policy import POLICIES
-from d2moe.types import BASE_BITS, MAX_BITS
+from d2moe.types import BASE_BITS, MAX_BITS, QUALITIES
 
 if TYPE_CHECKING:
     from d2moe.runtime.generate import Model
+
+class Average(click.ParamType):  # type: ignore[type-arg]
+    """A number of bits from 2 to 8."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            bits = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number", param, ctx)
+        if not BASE_BITS <= bits <= MAX_BITS:
+            self.fail(f"{value} is not in the range {BASE_BITS}<=x<={MAX_BITS}", param, ctx)
+        return int(bits) if bits == int(bits) else bits
+
 
 ENGINE_OPTIONS = [
     click.option(
@@ -23,8 +38,17 @@ ENGINE_OPTIONS = [
         "--expert-memory", metavar="SIZE", help="Memory of the expert slots alone [default: the rest of --memory]."
     ),
     click.option(
-        "--bits", type=click.IntRange(BASE_BITS, MAX_BITS), help="Width at which experts are read [default: 4]."
+        "--bits",
+        type=Average(),
+        help="Average width at which experts are read, any number from 2 to 8 for a model with a width router, else a whole "
+        "one [default: 4].",
     ),
+    click.option(
+        "--quality",
+        type=click.Choice(list(QUALITIES)),
+        help=f"A name for --bits: {', '.join(f'{name} is {bits:g}' for name, bits in QUALITIES.items())}.",
+    ),
+    click.option("--uniform", is_flag=True, default=None, help="One plain width for all experts, although there is a router."),
     click.option(
         "--dense-bits",
         type=click.IntRange(BASE_BITS, MAX_BITS),
@@ -55,7 +79,7 @@ CONTEXT_OPTION = click.option(
     help="Tokens a sequence may hold [default: the model's, to 4096].",
 )
 
-ENGINE_NAMES = ("memory", "expert_memory", "bits", "dense_bits", "kv", "policy", "learn", "timeline", "threads", "context")
+ENGINE_NAMES = ("memory", "expert_memory", "bits", "quality", "uniform", "dense_bits", "kv", "policy", "learn", "timeline", "threads", "context")
 """Parameters that `ENGINE_OPTIONS` and `CONTEXT_OPTION` give to a command."""
 
 

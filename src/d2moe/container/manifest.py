@@ -98,7 +98,11 @@ def dump_manifest(manifest: Manifest) -> bytes:
         "source": manifest.source,
         "quantizer": manifest.quantizer,
     }
-    text = (json.dumps(table, indent=1, allow_nan=False) + "\n").encode()
+    return reseal((json.dumps(table, indent=1, allow_nan=False) + "\n").encode())
+
+
+def reseal(text: bytes) -> bytes:
+    """The text with the seal that it should bear, where it has one."""
     return _SEAL.sub(b'"seal": "%s"' % seal_of(text)[1].encode(), text, count=1)
 
 

@@ -10,6 +10,7 @@ must touch / measured memory bandwidth) and (bytes it read from storage / measur
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import random
@@ -27,6 +28,7 @@ from d2moe.runtime.kv import BLOCK_TOKENS
 from d2moe.runtime.memory import available_bytes, kv_bytes, peak_bytes, usable_cpus
 from d2moe.runtime.request import Progress
 from d2moe.runtime.sampling import SamplingParams
+from d2moe.types import BASE_BITS
 
 READERS = 16
 """Reads in flight while storage is measured."""
@@ -72,7 +74,7 @@ def bench(
     *,
     generate: int = 64,
     repeats: int = 3,
-    bits: int | None = None,
+    bits: float | None = None,
     explain: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def bench(
             f"{len(prompt)} prompt tokens and {generate} generated ones do not fit the context of {engine.context}; "
             "lower --prompt-tokens or --generate, or raise --context"
         )
-    width = int(engine.config.bits if bits is None else bits)
+    width = engine.config.bits if bits is None else bits
     runs = []
     runtime: Any = getattr(engine, "runtime", None)
     counts = explain and hasattr(runtime, "count_products")
@@ -136,7 +138,7 @@ def bench(
         "stall_share": sum(c.stall_seconds for c in used) / seconds,
         "decide_share": sum(c.decide_seconds for c in used) / seconds,
         "python_share": None if None in busy else 1 - sum(b for b in busy if b) / seconds,
-        **_limits(model, width, len(prompt) + generate / 2, read, token_s),
+        **_limits(model, sum(c.use_bits for c in used) / max(1, sum(c.uses for c in used)), len(prompt) + generate / 2, read, token_s),
         "kernels": about.get("kernels"),
         "threads": about.get("threads"),
         "dense_bits": about.get("dense_bits"),
@@ -147,7 +149,7 @@ def bench(
     }
 
 
-def _limits(model: Model, bits: int, position: float, read: float, token_s: float) -> dict[str, Any]:
+def _limits(model: Model, bits: float, position: float, read: float, token_s: float) -> dict[str, Any]:
     """The roofline and what it is made of; None where a bandwidth cannot be measured."""
     container = getattr(model.engine, "container", None)
     if container is None:
@@ -155,7 +157,7 @@ def _limits(model: Model, bits: int, position: float, read: float, token_s: floa
     about = model.engine.describe()
     touched = touched_bytes(model, bits, position)
     memory_rate = memory_bandwidth(about["threads"])
-    storage_rate = storage_bandwidth(container, bits)
+    storage_rate = storage_bandwidth(container, math.ceil(bits))
     least = [n_bytes / rate for n_bytes, rate in ((touched, memory_rate), (read, storage_rate)) if rate]
     return {
         "roofline": max(least) / token_s if least else None,
@@ -186,14 +188,14 @@ def _busy_ns(model: Model) -> int | None:
     return None if decoder is None else decoder.program.busy_ns
 
 
-def touched_bytes(model: Model, bits: int, position: float) -> int:
+def touched_bytes(model: Model, bits: float, position: float) -> int:
     """Bytes of weights and key-value cache that one token at `position` must read at least once."""
     engine: Any = model.engine
     container, shape, config = engine.container, engine.shape, engine.config
     dense = container.dense_bytes(config.dense_width)
     if not shape.tied_embeddings:  # one row of the embedding; tied, all of it is read as the head
         dense -= container.nested["embed"].memory_bytes(config.dense_width)
-    experts = len(container.moe_layers) * shape.top_k * container.record.prefix_bytes(bits)
+    experts = len(container.moe_layers) * shape.top_k * (container.record.base_bytes + (bits - BASE_BITS) * container.record.plane_bytes)
     past = sum(min(position, w) if w else position for w in shape.windows)
     return int(dense + experts + past * kv_bytes(shape, config.kv, BLOCK_TOKENS) / BLOCK_TOKENS / shape.layers)
 

@@ -98,10 +98,12 @@ def perplexity(
     context: int = CONTEXT,
     stride: int | None = None,
     max_tokens: int | None = None,
-    bits: int | None = None,
+    bits: float | None = None,
+    uniform: bool | None = None,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """Perplexity of `tokens` at width `bits` (default the engine's); the module's docstring is the protocol.
+    """Perplexity of `tokens` at average width `bits`, plain if `uniform` (defaults: the engine's); the module's docstring is the
+    protocol. The result's `bits` is the average that came out.
 
     Bits per byte need the `tokenizer`, and are NaN without. RequestError if the text has fewer than two tokens, holds a
     token the model does not have, or a window does not fit the engine's context.
@@ -115,7 +117,9 @@ def perplexity(
         )
     total = count_scored(len(tokens), max_tokens)
     tokens = check_prompt(tokens[: total + 1], engine.shape.vocab, total + 1)
-    width = int(engine.config.bits if bits is None else bits)
+    width = engine.config.bits if bits is None else bits
+    plain = engine.config.uniform if uniform is None else uniform
+    engine.dial(width, plain)
     piece = max(1, min(context, LOGITS_BYTES // (4 * engine.shape.vocab)))
     before, begun = engine.counters.snapshot(), time.perf_counter()
     nll, done = 0.0, 0
@@ -126,9 +130,9 @@ def perplexity(
                 end = min(start + piece, window.end)
                 skip = min(max(window.first - 1 - start, 0), end - start)  # rows whose targets were scored before
                 if skip:
-                    engine.step([Chunk(sequence, tokens[start : start + skip], width, "none")])
+                    engine.step([Chunk(sequence, tokens[start : start + skip], width, "none", plain)])
                 if skip < end - start:
-                    rows = engine.step([Chunk(sequence, tokens[start + skip : end], width, "all")])
+                    rows = engine.step([Chunk(sequence, tokens[start + skip : end], width, "all", plain)])
                     nll += negative_log_likelihood(rows, tokens[start + skip + 1 : end + 1])
         finally:
             sequence.free()
@@ -137,7 +141,7 @@ def perplexity(
             progress(done, total)
     used = engine.counters.snapshot() - before
     return result(
-        nll, tokens, tokenizer, bits=float(width), context=context, stride=stride,
+        nll, tokens, tokenizer, bits=used.average_bits, context=context, stride=stride,
         seconds=time.perf_counter() - begun, read_bytes=used.read_bytes,
     )  # fmt: skip
 

@@ -90,7 +90,7 @@ def profile(engine: Engine, tokens: list[int], progress: Callable[[int, int], No
 
     container = engine.container
     io = {name: _measure_reads(engine, name == "direct", advance) for name in ("direct", "page cache")}
-    chosen = _choose(io, container.record.prefix_bytes(engine.config.bits))
+    chosen = _choose(io, container.record.prefix_bytes(round(engine.config.bits)))
     each, rate, latency = _fit(io[chosen["path"]], chosen["read_depth"])
     expert_s: dict[int, tuple[float, float]] = {}
     dense_s, decide_s = (0.0, 0.0), 0.0

@@ -144,6 +144,23 @@ class Router:
         return h, best, np.asarray(gate / gate.sum(-1, keepdims=True) if self.normalise else gate, np.float32)
 
 
+class WidthRouter:
+    """How many bits a token asks of an expert; see csrc/widths.h."""
+
+    def __init__(self, planes: F32, weight: F32 | None, gate_power: float, norm_power: float):
+        self.planes, self.weight, self.gate_power, self.norm_power = planes, weight, gate_power, norm_power
+
+    def widths(self, x: F32, h: F32, ids: I32, gates: F32, least: I32, most: I32, price: F32) -> I32:
+        """int32 [tokens, top_k] for experts `ids` with `gates`; least, most and price are [tokens]."""
+        tiny = np.float32(1e-30)
+        value = np.float32(self.norm_power) * np.log(np.maximum(np.mean(np.square(x), -1, dtype=np.float32), tiny))[:, None]
+        value = value + np.float32(self.gate_power) * np.log(np.maximum(gates, tiny))
+        if self.weight is not None:
+            value = value + np.einsum("tkh,th->tk", self.weight[ids], h)
+        worth = (value[..., None] + self.planes[ids] >= price[:, None, None]).cumprod(-1).sum(-1) + BASE_BITS
+        return np.asarray(np.clip(worth, least[:, None], most[:, None]), np.int32)
+
+
 class FeedForward:
     def __init__(self, gate: Linear, up: Linear, down: Linear, mix: F32 | None, norm: F32 | None, eps: float):
         self.gate, self.up, self.down, self.mix, self.norm, self.eps = gate, up, down, mix, norm, eps
@@ -166,29 +183,35 @@ class Program:
         self.embedding, self.head, self.norm, self.eps = (facts[k] for k in ("embedding", "head", "norm", "eps"))
         self.inverse_frequency = np.asarray(facts["inverse_frequency"], np.float32)
         self.rope_scale, self.ids, self.bits = facts["rope_scale"], facts["ids"], facts["bits"]
-        self.layers: list[tuple[Attention, Router | None, FeedForward | None, int]] = []
+        self.dials: tuple[I32, I32, F32] = (facts["least"], facts["most"], facts["price"])
+        self.layers: list[tuple[Attention, Router | None, FeedForward | None, WidthRouter | None, int]] = []
         self.next, self.routed, self.wanted_bytes = 0, False, 0
         self.when, self.held = "missing", False
         self.notes: list[tuple[int, I32, I32]] = []
 
-    def add_layer(self, attention: Attention, router: Router | None, feed_forward: FeedForward | None) -> None:
-        moe_index = sum(known is not None for _, known, _, _ in self.layers)
-        self.layers.append((attention, router, feed_forward, moe_index))
+    def add_layer(
+        self, attention: Attention, router: Router | None, feed_forward: FeedForward | None, widths: WidthRouter | None
+    ) -> None:
+        moe_index = sum(known is not None for _, known, *_ in self.layers)
+        self.layers.append((attention, router, feed_forward, widths, moe_index))
 
     def start(self, tokens: I32, position: I32, sequence: I32, tables: I32, rows: I32) -> None:
         self.position, self.sequence, self.tables, self.rows = position, sequence, tables, rows
-        self.wide = self.bits[: len(tokens)]
+        least, most, price = self.dials
+        n = len(tokens)
+        self.left = least[:n], most[:n], price[:n]  # of the tokens that are left
         e = self.embedding
         self.x = planes.dequantize(e.codes[tokens], e.affine[tokens], e.row_scale[tokens], e.bits, len(tokens), e.cols)
         self.next, self.routed = 0, False
 
     def run(self) -> int:
         while self.next < len(self.layers):
-            attention, router, feed_forward, moe = self.layers[self.next]
+            attention, router, feed_forward, widths, moe = self.layers[self.next]
             if not self.routed:
                 attention.forward(self, self.next)
                 if self.next + 1 == len(self.layers):  # nothing but keys and values is needed of the others
-                    self.x, self.wide = self.x[self.rows], self.wide[self.rows]
+                    least, most, price = self.left
+                    self.x, self.left = self.x[self.rows], (least[self.rows], most[self.rows], price[self.rows])
                 n = len(self.x)
                 if not n:
                     self.next += 1
@@ -199,14 +222,18 @@ class Program:
                     self.next += 1
                     continue
                 self.h, self.ids[moe, :n], self.gates = router.forward(self.x)
+                least, most, price = self.left
+                wide = np.repeat(least[:, None], self.ids.shape[2], 1)
+                if widths is not None:
+                    wide = widths.widths(self.x, self.h, self.ids[moe, :n], self.gates, least, most, price)
+                self.bits[moe, :n] = wide
                 self.routed, self.begun = True, False
-                self.chosen = self.wide
                 widest = self.widest(moe)
                 self.wanted_bytes += sum(self.experts.prefix_bytes(int(bits)) for bits in widest)
                 missing = any(self.experts.width(moe, int(e)) < widest[e] for e in np.flatnonzero(widest))
                 self.held = self.when != "decide" and not missing
                 if self.held:
-                    self.notes.append((moe, self.ids[moe : moe + 1, :n].copy(), self.wide.copy()))
+                    self.notes.append((moe, self.ids[moe : moe + 1, :n].copy(), wide[None]))
                 if not self.held or self.when != "missing":
                     return moe
             self.compute(None)
@@ -217,7 +244,8 @@ class Program:
     def widest(self, moe: int) -> I32:
         """The most bits that the layer's choices ask of each expert."""
         widest = np.zeros(self.experts.f["experts"], np.int32)
-        np.maximum.at(widest, self.ids[moe, : len(self.x)].reshape(-1), self.chosen.reshape(-1))
+        n = len(self.x)
+        np.maximum.at(widest, self.ids[moe, :n].reshape(-1), self.bits[moe, :n].reshape(-1))
         return widest
 
     def pause(self, when: str) -> None:
@@ -225,7 +253,7 @@ class Program:
 
     def forecast(self, ahead: int) -> I32:
         out = np.full((len(self.h), ahead, self.ids.shape[2]), -1, np.int32)
-        later = [(n, router) for n, (_, router, _, _) in enumerate(self.layers) if n > self.next and router is not None]
+        later = [(n, router) for n, (_, router, *_) in enumerate(self.layers) if n > self.next and router is not None]
         for step, (n, router) in enumerate(later[:ahead]):
             if n + 1 == len(self.layers) and len(self.rows) != len(self.h):
                 break
@@ -233,16 +261,17 @@ class Program:
         return out
 
     def choose(self, bits: I32, gates: F32 | None = None) -> None:
-        moe = self.layers[self.next][3]
+        moe = self.layers[self.next][-1]
         before = sum(self.experts.prefix_bytes(int(b)) for b in self.widest(moe))
-        self.chosen = bits.copy()
+        self.bits[moe, : len(self.x)] = bits
         self.wanted_bytes += sum(self.experts.prefix_bytes(int(b)) for b in self.widest(moe)) - before
         self.gates = self.gates if gates is None else gates.copy()
 
     def compute(self, experts: I32 | None) -> None:
-        _, _, feed_forward, moe = self.layers[self.next]
+        _, _, feed_forward, _, moe = self.layers[self.next]
         if not self.begun:
-            self.experts.begin(moe, self.h, self.ids[moe, : len(self.x)], self.chosen)
+            n = len(self.x)
+            self.experts.begin(moe, self.h, self.ids[moe, :n], self.bits[moe, :n])
             if feed_forward is not None:
                 feed_forward.forward(self.runtime, self.h, self.x)
             self.begun = True

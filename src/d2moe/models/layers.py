@@ -12,7 +12,7 @@ all in memory, so that their reading can be planned.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -58,8 +58,9 @@ class DenseOptions:
 class Decoder:
     """All resident weights of a model, and its steps of up to `max_tokens` tokens.
 
-    A step is `start`, then `run` until it says -1, then `logits`. `bits` int32 [max_tokens, top_k] says before `start` how
-    wide each expert choice shall be; `ids` int32 [moe_layers, max_tokens, top_k] tells afterwards which experts were chosen.
+    A step is `start`, then `run` until it says -1, then `logits`. `least`, `most` int32 and `price` float32 [max_tokens] say
+    before `start` what each token allows (see `WidthRouter` in csrc/widths.h); `ids` and `bits` int32 [moe_layers, max_tokens, top_k]
+    tell afterwards which experts were chosen and how wide. `width_routers` has one for each MoE layer, or is empty.
     """
 
     def __init__(
@@ -73,11 +74,13 @@ class Decoder:
         kv: Any,
         experts: Any,
         on_layer: Callable[[int], None] | None = None,
+        width_routers: Sequence[Mapping[str, Any]] = (),
     ):
         self.shape, self.max_tokens = shape, max_tokens
-        self._backend, self._weights, self._dense = backend, weights, dense
-        self.bits = np.full((max_tokens, shape.top_k), MAX_BITS, np.int32)
-        self.ids = np.zeros((len(shape.moe_layers), max_tokens, shape.top_k), np.int32)
+        self._backend, self._weights, self._dense, self._width_routers = backend, weights, dense, width_routers
+        self.least, self.most = (np.full(max_tokens, MAX_BITS, np.int32) for _ in range(2))
+        self.price = np.zeros(max_tokens, np.float32)
+        self.ids, self.bits = (np.zeros((len(shape.moe_layers), max_tokens, shape.top_k), np.int32) for _ in range(2))
         embedding = self._linear("embed", shape.vocab, shape.hidden)
         head = embedding if shape.tied_embeddings else self._linear("head", shape.vocab, shape.hidden)
         self.program = backend.Program(
@@ -92,6 +95,9 @@ class Decoder:
             experts=experts,
             ids=self.ids,
             bits=self.bits,
+            least=self.least,
+            most=self.most,
+            price=self.price,
         )
         for index in range(shape.layers):
             self._add_layer(index)
@@ -113,7 +119,7 @@ class Decoder:
     def _add_layer(self, index: int) -> None:
         s, w, name = self.shape, self._weights, f"layers.{index}"
         norm = w.read_dense(f"{name}.mlp_norm")
-        router = feed_forward = None
+        router = feed_forward = widths = None
         if index not in s.moe_layers:
             feed_forward = self._feed_forward(f"{name}.mlp", s.dense_inner, None, norm)
         else:
@@ -121,7 +127,9 @@ class Decoder:
             if s.shared_inner:
                 mix = w.read_dense(f"{name}.shared.mix")
                 feed_forward = self._feed_forward(f"{name}.shared", s.shared_inner, mix, None)
-        self.program.add_layer(self._attention(index), router, feed_forward)
+            if self._width_routers:
+                widths = self._backend.WidthRouter(**self._width_routers[s.moe_layers.index(index)])
+        self.program.add_layer(self._attention(index), router, feed_forward, widths)
 
     def _attention(self, index: int) -> Any:
         s, w, name = self.shape, self._weights, f"layers.{index}"
@@ -158,8 +166,8 @@ class Decoder:
 
     def choices(self, layer: int) -> tuple[I32, I32]:
         """Experts and widths int32 [tokens that the layer's experts see, top_k], of a MoE layer that has been routed."""
-        bits = self.bits[self._rows] if self.ends_with(layer) else self.bits[: self._tokens]
-        return self.ids[layer, : len(bits)], bits
+        n = len(self._rows) if self.ends_with(layer) else self._tokens
+        return self.ids[layer, :n], self.bits[layer, :n]
 
     def ends_with(self, layer: int) -> bool:
         """Whether this MoE layer is the model's last layer, whose experts see only the tokens that are asked of."""

@@ -42,7 +42,7 @@ def plan(ledger: Ledger, layer: int, ids: I32, bits: I32) -> Plan:
     """
     experts, widths, tokens = demand(ids, bits, ledger.experts)
     have = ledger.width[layer, experts]
-    ledger.touch(layer, ids[None].copy(), bits.copy())
+    ledger.touch(layer, ids[None].copy(), bits[None].copy())
     if (have >= widths).all():
         return Plan([Wave(_NOTHING, _NOTHING, experts, 0)], 0)
     order = np.argsort(-tokens, kind="stable")

@@ -55,7 +55,7 @@ class Ledger:
 
     def touch(self, first_layer: int, ids: I32, bits: I32) -> None:
         """Note the demand of the layer calls `ids` int32 [layers, tokens, top_k] of the layers from `first_layer` on, at
-        widths `bits` [tokens, top_k]; both are kept and must not change. Worked into the values when they are next asked
+        widths `bits` of that shape; both are kept and must not change. Worked into the values when they are next asked
         for: most steps find all in memory and never ask."""
         if self.rank is not None:  # the policy keeps its own account
             return
@@ -71,7 +71,7 @@ class Ledger:
         for first, ids, bits in self._noted:
             layers, tokens, top_k = ids.shape
             number = np.repeat(np.arange(layers), tokens * top_k)
-            key, width = (first + number) * self.experts + ids.reshape(-1), np.tile(bits.reshape(-1), layers)
+            key, width = (first + number) * self.experts + ids.reshape(-1), bits.reshape(-1)
             keys.append(key)
             widths.append(width)
             nows.append(self._now + 1 + number)

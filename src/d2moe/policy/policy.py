@@ -73,7 +73,7 @@ class Policy:
         """Told before a replay what will be replayed."""
 
     def touch(self, first_layer: int, ids: I32, bits: I32) -> None:
-        """Layer calls that went by with everything in memory: ids int32 [layers, tokens, top_k], bits [tokens, top_k]."""
+        """Layer calls that went by with everything in memory: ids int32 [layers, tokens, top_k], bits likewise."""
         self.ledger.touch(first_layer, ids, bits)
 
     def choose(self, layer: int, ids: I32, bits: I32, gates: F32) -> tuple[I32, F32 | None]:
@@ -118,8 +118,8 @@ class WholeExperts(Policy):
         self.calls += 1
 
     def touch(self, first_layer: int, ids: I32, bits: I32) -> None:
-        for offset, of_layer in enumerate(ids):
-            self.use(first_layer + offset, of_layer, bits)
+        for offset, (of_layer, widths) in enumerate(zip(ids, bits, strict=True)):
+            self.use(first_layer + offset, of_layer, widths)
 
     def plan(self, layer: int, ids: I32, bits: I32) -> Plan:
         self.use(layer, ids, bits)

@@ -7,8 +7,8 @@ A trace is one .npz file (NumPy's open format, no pickles), T tokens and S steps
     rows      int32 [sum wanted]  which, counted within their step
     position  int32 [T]           of each token in its sequence
     sequence  int32 [T]           row of its sequence within the step
-    bits      uint8 [T, top_k]    width asked for of each choice
     ids       uint16 [N, top_k]   experts, step by step, MoE layer by MoE layer, token by token, in the router's order
+    bits      uint8 [N, top_k]    width asked for of each choice
     gates     float32 [N, top_k]
     forecast  int16 [N, ahead, top_k]   the router of the 1st … ahead-th next layer on this layer's input; -1 past the last
     meta      uint8 [n]           JSON: format, layers, experts, top_k, base_bytes, plane_bytes, ends_with_moe, model
@@ -33,7 +33,7 @@ F32 = npt.NDArray[np.float32]
 
 FORMAT = 1
 NO_FORECAST = -1
-ARRAYS = ("tokens", "wanted", "rows", "position", "sequence", "bits", "ids", "gates", "forecast")
+ARRAYS = ("tokens", "wanted", "rows", "position", "sequence", "ids", "bits", "gates", "forecast")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,6 @@ class Trace:
         token = row = call = 0
         for n, wanted in zip(a["tokens"].tolist(), a["wanted"].tolist(), strict=True):
             rows = a["rows"][row : row + wanted].astype(np.int32)
-            bits = a["bits"][token : token + n].astype(np.int32)
             calls = []
             for layer in range(m.layers):
                 last = m.ends_with_moe and layer == m.layers - 1
@@ -101,7 +100,7 @@ class Trace:
                         Call(
                             layer,
                             a["ids"][part].astype(np.int32),
-                            bits[rows] if last else bits,
+                            a["bits"][part].astype(np.int32),
                             a["gates"][part],
                             a["forecast"][part].astype(np.int32),
                         )
@@ -163,8 +162,8 @@ class Trace:
             "rows": (int(a["wanted"].sum()),),
             "position": (tokens,),
             "sequence": (tokens,),
-            "bits": (tokens, m.top_k),
             "ids": (calls, m.top_k),
+            "bits": (n, m.top_k),
             "gates": (n, m.top_k),
         }
         for name, shape in shapes.items():
@@ -176,7 +175,7 @@ class Trace:
             return f"expert {int(a['ids'].max())} is named and there are {m.experts}"
         if a["forecast"].size and not NO_FORECAST <= int(a["forecast"].min()) <= int(a["forecast"].max()) < m.experts:
             return f"a forecast names an expert that is not one of {m.experts}"
-        if tokens and (int(a["bits"].min()) < 2 or int(a["bits"].max()) > 8):
+        if n and (int(a["bits"].min()) < 2 or int(a["bits"].max()) > 8):
             return "widths are not from 2 to 8 bits"
         return None
 
@@ -198,17 +197,17 @@ class Recorder:
         self._kept: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in ARRAYS}
         self._now: dict[str, list[npt.NDArray[Any]]] = {}
 
-    def begin(self, position: I32, sequence: I32, bits: I32, rows: I32) -> None:
+    def begin(self, position: I32, sequence: I32, rows: I32) -> None:
         """A step starts; one that was begun and never ended is forgotten."""
         self._now = {name: [] for name in ARRAYS}
         self._add("tokens", np.array([len(position)]), np.int32)
         self._add("wanted", np.array([len(rows)]), np.int32)
         for name, array in (("rows", rows), ("position", position), ("sequence", sequence)):
             self._add(name, array, np.int32)
-        self._add("bits", bits, np.uint8)
 
-    def call(self, ids: I32, gates: F32, forecast: I32) -> None:
+    def call(self, ids: I32, bits: I32, gates: F32, forecast: I32) -> None:
         self._add("ids", ids, np.uint16)
+        self._add("bits", bits, np.uint8)
         self._add("gates", gates, np.float32)
         self._add("forecast", forecast, np.int16)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from d2moe.errors import ConfigError
 from d2moe.policy import POLICIES
-from d2moe.types import MAX_BITS, check_width
+from d2moe.types import MAX_BITS, check_dial, check_width, quality_bits
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -42,7 +42,8 @@ def show_bytes(n: float) -> str:
 class EngineConfig:
     """`memory_bytes`: the whole process; None takes what the model needs, up to 80 % of the memory that is free.
     `expert_memory_bytes`: expert slots alone, instead of all that `memory_bytes` leaves.
-    `bits`: the width of requests that name none. `dense_bits`: the width of all other weights (default: two
+    `bits`: the average width of requests that name none, any number from 2 to 8 where the model has a width router, else a whole
+    one. `uniform`: one plain width for all experts even so. `dense_bits`: the width of all other weights (default: two
     bits more than `bits`, from 5 to 8; see `dense_width`). `kv`: keys and values as "f16"
     (two bytes each) or "q8" (one). `context`: tokens a sequence may hold (default: the model's, at most
     4096). `threads`: default all CPUs this process may use. `chunk_tokens`: tokens of a prompt computed at a time.
@@ -54,7 +55,8 @@ class EngineConfig:
 
     memory_bytes: int | None = None
     expert_memory_bytes: int | None = None
-    bits: int = 4
+    bits: float = 4
+    uniform: bool = False
     dense_bits: int | None = None
     kv: str = "f16"
     context: int | None = None
@@ -71,7 +73,7 @@ class EngineConfig:
     timeline: str | None = None
 
     def __post_init__(self) -> None:
-        check_width(self.bits)
+        check_dial(self.bits)
         check_width(self.dense_width)
         whole = ("memory_bytes", "expert_memory_bytes", "context", "threads", "chunk_tokens", "max_sequences", "kv_tokens", "read_depth")
         for name in (*whole, "reserve_bytes"):
@@ -86,11 +88,14 @@ class EngineConfig:
     def dense_width(self) -> int:
         """Bits of the dense weights. Every token reads all of them, they are few, and a bit less costs them far more quality
         than it costs the experts (docs/log.md): by default they get two bits more."""
-        return self.dense_bits if self.dense_bits is not None else min(MAX_BITS, max(5, self.bits + 2))
+        return self.dense_bits if self.dense_bits is not None else min(MAX_BITS, max(5, int(self.bits + 2.5)))
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:
-        """From keyword arguments; `memory` and `expert_memory` may be text like "6GB". Unknown names: ConfigError."""
+        """From keyword arguments; `memory` and `expert_memory` may be text like "6GB", `quality` may name the bits. Unknown names:
+        ConfigError."""
+        if (quality := options.pop("quality", None)) is not None:
+            options["bits"] = quality_bits(quality, options.get("bits"))
         for short in ("memory", "expert_memory"):
             if options.get(short) is not None:
                 options[f"{short}_bytes"] = parse_bytes(options[short], short)

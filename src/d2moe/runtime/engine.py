@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2moe.container import Container
+from d2moe.container import Container, read_router
 from d2moe.errors import ConfigError, MemoryBudgetError, RequestError
 from d2moe.kernels import reference
 from d2moe.models import shape_from_config
@@ -25,10 +25,11 @@ from d2moe.runtime.kv import BLOCK_TOKENS, Pages, Sequence
 from d2moe.runtime.request import Chunk
 from d2moe.runtime.streamer import Counters, Streamer
 from d2moe.runtime.timeline import Timeline
-from d2moe.types import check_width
+from d2moe.types import BASE_BITS, MAX_BITS, check_dial
 
 F32 = npt.NDArray[np.float32]
 DEFAULT_CONTEXT = 4096
+DIALS_KEPT = 256
 
 
 class Engine:
@@ -44,6 +45,12 @@ class Engine:
             raise ConfigError(f"{where}: a context of {self.context} tokens is more than the {shape.context} the model was made for")
         threads = config.threads or memory.usable_cpus()
         record, layers = container.record, container.moe_layers
+        self.router = read_router(container)  # before the budget is split, which counts what the process holds by then
+        self._dials: dict[tuple[float, bool], tuple[int, int, float]] = {}
+        try:
+            self.dial(config.bits, config.uniform)
+        except RequestError as error:
+            raise ConfigError(str(error)) from None
         self.budget = memory.split(
             config,
             shape,
@@ -81,7 +88,8 @@ class Engine:
         self._streamer = Streamer(self.experts, self.ledger, self.counters, backend.StorageFailure, self.policy)
         report = (lambda index: progress(index + 1, shape.layers)) if progress else None
         dense = DenseOptions(config.dense_width, record.group, memory.Arena(self.budget.dense).take)
-        self.decoder = Decoder(backend, self.runtime, shape, container, dense, chunk, self.kv, self.experts, report)
+        widths = [self.router.layer(index) for index in range(len(layers))] if self.router else []
+        self.decoder = Decoder(backend, self.runtime, shape, container, dense, chunk, self.kv, self.experts, report, widths)
         self.decoder.program.pause("decide" if self.policy.decides else "missing")
         self.timeline = Timeline(config.timeline, self.experts) if config.timeline else None
         self._streamer.timeline = self.timeline
@@ -155,6 +163,32 @@ class Engine:
         self.experts.set_limit(experts)
         self.budget = replace(self.budget, memory=n_bytes, experts=experts)
 
+    def dial(self, bits: float, uniform: bool = False) -> tuple[int, int, float]:
+        """Least and most width and the price of a plane at which tokens take `bits` on average.
+
+        RequestError for a number outside 2 to 8, or one that is not whole where there is no width router to average.
+        """
+        found = self._dials.get((bits, uniform))
+        if found is None:
+            try:
+                check_dial(bits)
+            except ConfigError as error:
+                raise RequestError(str(error)) from None
+            whole = bits == int(bits)
+            if not whole and (uniform or self.router is None):
+                why = "one plain width for all was asked for" if uniform else "the model has no width router"
+                how = "" if uniform else f'; train one with "d2moe route train {self.container.path} --text FILE"'
+                raise RequestError(f"bits is {bits:g}, expected a whole number, since {why}{how}")
+            plain = uniform or self.router is None or bits in (BASE_BITS, MAX_BITS)
+            if plain or self.router is None:
+                found = int(bits), int(bits), 0.0
+            else:
+                found = BASE_BITS, MAX_BITS, self.router.price(bits)
+            if len(self._dials) >= DIALS_KEPT:
+                self._dials.clear()
+            self._dials[bits, uniform] = found
+        return found
+
     def step(self, chunks: list[Chunk]) -> F32:
         """Append each chunk's tokens to its sequence; logits float32 [rows, vocab] of the rows asked for, in order.
 
@@ -200,10 +234,7 @@ class Engine:
             raise RequestError("a chunk needs at least one token")
         if tokens.min() < 0 or tokens.max() >= self.shape.vocab:
             raise RequestError(f"token ids run from 0 to {self.shape.vocab - 1}, found {tokens.min()} to {tokens.max()}")
-        try:
-            check_width(chunk.bits)
-        except ConfigError as error:
-            raise RequestError(str(error)) from None
+        self.dial(chunk.bits, chunk.uniform)
         return tokens
 
     def _pass(self, items: list[tuple[Chunk, npt.NDArray[np.int32], str]]) -> F32:
@@ -212,33 +243,32 @@ class Engine:
         n = sum(lengths)
         position, sequence, at = np.empty(n, np.int32), np.empty(n, np.int32), 0
         rows: list[int] = []
-        moe_layers = len(self.shape.moe_layers)
-        last = int(self.decoder.ends_with(moe_layers - 1))
+        decoder, ends = self.decoder, [0]
         for index, (chunk, _, wanted) in enumerate(items):
             end = at + lengths[index]
             position[at:end] = np.arange(chunk.sequence.length, chunk.sequence.length + end - at)
             sequence[at:end] = index
-            self.decoder.bits[at:end] = chunk.bits
-            before = len(rows)
+            decoder.least[at:end], decoder.most[at:end], decoder.price[at:end] = self.dial(chunk.bits, chunk.uniform)
             rows += range(at, end) if wanted == "all" else (end - 1,) if wanted == "last" else ()
-            uses = ((end - at) * (moe_layers - last) + (len(rows) - before) * last) * self.shape.top_k
-            self.counters.uses += uses
-            self.counters.use_bits += uses * chunk.bits
+            ends.append(len(rows))
             at = end
         alone = len(items) == 1
         tables = items[0][0].sequence.table[None] if alone else np.stack([c.sequence.table for c, _, _ in items])
         tokens = items[0][1] if alone else np.concatenate([t for _, t, _ in items])
         places = Places(position, sequence, tables)
-        self.decoder.start(tokens, places, np.array(rows, np.int32))
         recorder = self._streamer.recorder
         if recorder is not None:
-            recorder.begin(position, sequence, self.decoder.bits[:n], np.array(rows, np.int32))
-        self._streamer.run(self.decoder)
+            recorder.begin(position, sequence, np.array(rows, np.int32))
+        decoder.start(tokens, places, np.array(rows, np.int32))
+        self._streamer.run(decoder)
         if recorder is not None:
             recorder.end()
-        out = self.decoder.logits()
-        for chunk, part, _ in items:
+        out = decoder.logits()
+        at = 0
+        for index, (chunk, part, _) in enumerate(items):
+            self._count(chunk, slice(at, at + len(part)), slice(ends[index], ends[index + 1]))
             chunk.sequence.length += len(part)
+            at += len(part)
         self.counters.tokens += at
         return out
 
@@ -247,12 +277,23 @@ class Engine:
         self._streamer.hear(self.decoder)
         return self.ledger.heat()
 
+    def _count(self, chunk: Chunk, tokens: slice, rows: slice) -> None:
+        """The widths that a chunk's tokens took; the model's last layer saw only those whose logits were wanted."""
+        bits, layers = self.decoder.bits, len(self.shape.moe_layers)
+        last = int(self.decoder.ends_with(layers - 1))
+        uses = ((tokens.stop - tokens.start) * (layers - last) + (rows.stop - rows.start) * last) * self.shape.top_k
+        total = int(bits[: layers - last, tokens].sum()) + int(bits[layers - last :, rows].sum())
+        for counts in (self.counters, chunk.sequence):
+            counts.uses += uses
+            counts.use_bits += total
+
     def describe(self) -> dict[str, Any]:
         """Facts for reports: kernel table, threads, storage path, how the budget is split (bytes)."""
         return {
             "kernels": self.runtime.table,
             "policy": self.config.policy,
             "dense_bits": self.config.dense_width,
+            "width_router": self.router is not None,
             "kv": self.config.kv,
             "threads": self.runtime.threads,
             "direct": bool(self.experts.direct),

@@ -12,7 +12,7 @@ from d2moe.runtime.request import Chunk, Completion, EngineLike, FinishReason, P
 from d2moe.runtime.sampling import SamplingParams, TokenLogprob
 from d2moe.runtime.streamer import Counters
 from d2moe.runtime.tokenizer import Tokenizer
-from d2moe.types import WIDTHS, ModelShape
+from d2moe.types import ModelShape
 
 RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """Keys of generation_config.json that become defaults."""
@@ -127,29 +127,28 @@ class Model:
             raise RequestError(f"give either params or keywords, not both; keywords were {', '.join(sorted(values))}")
         return params
 
-    def _bits(self, params: SamplingParams) -> int:
-        bits = int(self.engine.config.bits if params.bits is None else params.bits)
-        widths = tuple(getattr(self.engine, "widths", WIDTHS))
-        if bits not in widths:
-            raise RequestError(
-                f"{self.tokenizer.where} has no width of {bits} bits, choose one of {', '.join(map(str, widths))}"
-            )
-        return bits
+    def _dial(self, params: SamplingParams) -> tuple[float, bool]:
+        """Average width, and whether it is a plain one; RequestError if the model cannot give it."""
+        config, asked = self.engine.config, params.average_bits
+        bits = config.bits if asked is None else asked
+        uniform = config.uniform if params.uniform is None else params.uniform
+        self.engine.dial(bits, uniform)
+        return bits, uniform
 
     def _request(self, tokens: list[int], params: SamplingParams) -> Request:
-        self._bits(params)
+        self._dial(params)
         engine = self.engine
         return Request(
             tokens, params, self.tokenizer, vocab=engine.shape.vocab, context=engine.context, eos_ids=self.eos_ids
         )
 
     def _run(self, request: Request, clock: _Clock) -> Iterator[Piece]:
-        bits = self._bits(request.params)
+        bits, uniform = self._dial(request.params)
         sequence = self.engine.new_sequence()
         clock.before = self.engine.counters.snapshot()
         try:
             while request.finish_reason is None:
-                rows = self.engine.step([Chunk(sequence, request.pending, bits, "last")])
+                rows = self.engine.step([Chunk(sequence, request.pending, bits, "last", uniform)])
                 piece = request.accept(rows[-1])
                 clock.end = time.perf_counter()
                 clock.first = clock.first or clock.end

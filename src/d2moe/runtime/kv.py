@@ -91,11 +91,11 @@ class Pages:
 
 class Sequence:
     """One text being read or written: its length in tokens and its blocks. `table` int32 [blocks of a full context] has the
-    first `held` blocks."""
+    first `held` blocks. `uses` and `use_bits` count its (token, expert) pairs and their widths, freed or not."""
 
     def __init__(self, pages: Pages):
         self._pages = pages
-        self.length = self.held = 0
+        self.length = self.held = self.uses = self.use_bits = 0
         self.table = np.zeros(pages.table_blocks, np.int32)
         self._keys: list[bytes] = []  # of the full blocks that are shared or were offered
 
@@ -151,6 +151,11 @@ class Sequence:
             tokens = text[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
             self._keys.append(next_key(self._keys[-1] if self._keys else root, tokens))
             self._pages.name(int(self.table[index]), self._keys[-1])
+
+    @property
+    def average_bits(self) -> float:
+        """Mean width of the experts it used, 0 if it used none."""
+        return self.use_bits / self.uses if self.uses else 0.0
 
     def free(self) -> None:
         """Give the blocks back; the sequence is empty then."""

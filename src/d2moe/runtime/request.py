@@ -28,12 +28,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens to append to one sequence at width `bits`, and which of their logits rows are wanted."""
+    """Tokens to append to one sequence, and which of their logits rows are wanted.
+
+    `bits` is their average width, by the file's width router; `uniform` (and a file without one) gives each expert the same."""
 
     sequence: Any
     tokens: Any  # list[int] or int32 [n]
-    bits: int
+    bits: float
     logits: Literal["last", "all", "none"] = "last"
+    uniform: bool = False
 
 
 class EngineLike(Protocol):
@@ -47,6 +50,7 @@ class EngineLike(Protocol):
     def config(self) -> Any: ...
     @property
     def counters(self) -> Any: ...
+    def dial(self, bits: float, uniform: bool = False) -> Any: ...
     def new_sequence(self) -> Any: ...
     def step(self, chunks: list[Any]) -> npt.NDArray[np.float32]: ...
     def describe(self) -> dict[str, Any]: ...
@@ -67,7 +71,8 @@ class Piece:
 class Stats:
     """What an answer took. Seconds are wall time; `ttft_s` runs from the call to the first token, prompt included.
 
-    `generation_tokens_per_s` counts the tokens after the first one. `bits` is the average width of the experts used.
+    `generation_tokens_per_s` counts the tokens after the first one. `bits` is the average width of the experts used,
+    as it came out.
     """
 
     prompt_tokens: int = 0

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2moe.errors import ConfigError, D2MoeError, RequestError
-from d2moe.types import check_width
+from d2moe.types import check_dial, quality_bits
 
 try:
     from d2moe.kernels.native import draw
@@ -52,8 +52,9 @@ class SamplingParams:
     `max_tokens` None: until the model ends or the context is full. `seed` None: a fresh one each time. `stop`: text
     that ends the answer and is not part of it. `logprobs` n: log-probability of each token and of the n likeliest.
     `logit_bias`: (token, number added to its logit) pairs, or a mapping. `prompt_logprobs` n: the same as `logprobs` for the
-    tokens of the prompt. `bits` None: the engine's width. `ignore_eos`: the model's end tokens do not end the answer. The
-    default is greedy.
+    tokens of the prompt. `ignore_eos`: the model's end tokens do not end the answer. `bits`: average width of the experts,
+    any number from 2 to 8 with a width router, else a whole one; or `quality`, a name for one: fast, balanced, best. Neither:
+    the engine's. `uniform`: one plain width for all experts. The default is greedy.
     """
 
     max_tokens: int | None = 256
@@ -69,7 +70,9 @@ class SamplingParams:
     stop: tuple[str, ...] = field(default=())
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    bits: int | None = None
+    bits: float | None = None
+    quality: str | None = None
+    uniform: bool | None = None
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
@@ -91,9 +94,18 @@ class SamplingParams:
         _whole("logprobs", self.logprobs, 0, 100, optional=True)
         _whole("prompt_logprobs", self.prompt_logprobs, 0, 100, optional=True)
         if self.bits is not None:
-            check_width(self.bits)
-        if not isinstance(self.ignore_eos, bool):
-            raise ConfigError(f"ignore_eos is {self.ignore_eos!r}, expected True or False")
+            check_dial(self.bits)
+        if self.quality is not None:
+            quality_bits(self.quality, self.bits)
+        for name in ("uniform", "ignore_eos"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (name == "uniform" and value is None):
+                raise ConfigError(f"{name} is {value!r}, expected True or False")
+
+    @property
+    def average_bits(self) -> float | None:
+        """The width asked for, by number or by name; None for the engine's."""
+        return self.bits if self.quality is None else quality_bits(self.quality, None)
 
     @classmethod
     def make(cls, values: Mapping[str, Any]) -> SamplingParams:

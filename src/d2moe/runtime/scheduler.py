@@ -54,7 +54,7 @@ class Job:
     Times are `time.perf_counter` seconds, 0 until it happens.
     """
 
-    def __init__(self, request: Request, bits: int, listener: Listener, *, generate: bool = True, reuse: bool = True):
+    def __init__(self, request: Request, bits: float, listener: Listener, *, generate: bool = True, reuse: bool = True):
         self.request, self.bits, self.listener = request, bits, listener
         self.generate = generate
         # A scored prompt needs all its logits, so it has to be fed.
@@ -64,7 +64,7 @@ class Job:
         self.text[: len(request.prompt)] = request.prompt
         self.total = len(request.prompt)
         self.root = root_key(bits)
-        self.reused_tokens = 0
+        self.reused_tokens = self._uses = self._use_bits = 0
         self.cancelled = self.ended = self.restarted = False
         self.submitted = self.admitted = self.first = self.last = 0.0
 
@@ -79,8 +79,18 @@ class Job:
 
     @property
     def average_bits(self) -> float:
-        """Mean width over the experts used for this job; with whole widths it is the one asked for."""
-        return float(self.bits)
+        """Mean width over the experts used for this job; the one asked for before there are any."""
+        uses = self._uses + (self.sequence.uses if self.sequence else 0)
+        total = self._use_bits + (self.sequence.use_bits if self.sequence else 0)
+        return total / uses if uses else float(self.bits)
+
+    def release(self) -> None:
+        """Give the blocks back."""
+        if self.sequence:
+            self._uses += self.sequence.uses
+            self._use_bits += self.sequence.use_bits
+            self.sequence.free()
+            self.sequence = None
 
 
 class Observer(Protocol):
@@ -239,9 +249,7 @@ class Scheduler:
     def _put_back(self, job: Job) -> None:
         self.running.remove(job)
         job.restarted = True
-        if job.sequence:
-            job.sequence.free()
-            job.sequence = None
+        job.release()
         self.waiting.appendleft(job)
 
     def _feed(self, parts: list[tuple[Job, int]]) -> None:
@@ -303,9 +311,7 @@ class Scheduler:
             self.running.remove(job)
         elif job in self.waiting:
             self.waiting.remove(job)
-        if job.sequence:
-            job.sequence.free()
-            job.sequence = None
+        job.release()
         job.last = self._clock()
         if self._observer:
             self._observer.ended(job, outcome)

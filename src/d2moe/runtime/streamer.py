@@ -88,7 +88,7 @@ class Streamer:
             while (layer := decoder.run()) >= 0:
                 if self.recorder is not None:
                     forecast = decoder.forecast(self.recorder.ahead)
-                    self.recorder.call(decoder.choices(layer)[0], decoder.program.gates, forecast)
+                    self.recorder.call(*decoder.choices(layer), decoder.program.gates, forecast)
                 if decoder.program.held:  # only watched
                     continue
                 self.hear(decoder)
@@ -116,7 +116,6 @@ class Streamer:
             bits, gates = policy.choose(layer, ids, asked, decoder.program.gates)
             if bits is not asked:
                 decoder.program.choose(np.ascontiguousarray(bits, np.int32), gates)
-                c.use_bits += int(bits.sum()) - int(asked.sum())
                 c.uses -= int(np.count_nonzero(bits == 0))
         self._plan = plan = policy.plan(layer, ids, bits)
         c.plans += 1

@@ -13,6 +13,7 @@ from d2moe.runtime import memory
 from d2moe.runtime.config import parse_bytes
 from d2moe.serve import schema
 from d2moe.serve.service import Service
+from d2moe.types import QUALITIES
 
 
 class State(BaseModel):
@@ -63,7 +64,8 @@ def add_admin(app: FastAPI, service: Service, errors: dict[int | str, dict[str, 
     @app.post("/admin/defaults", response_model=State, responses=refusals)
     async def set_defaults(body: schema.DefaultsRequest) -> dict[str, Any]:
         """Change the width of requests that name none; those under way keep theirs."""
-        service.default_bits = float(schema.width_of(body.bits, None, service.default_bits))
+        service.model.engine.dial(body.bits)
+        service.default_bits = body.bits
         return await state()
 
 
@@ -77,7 +79,7 @@ def snapshot(service: Service) -> dict[str, Any]:
     return {
         "model": service.name,
         "default_bits": service.default_bits,
-        "quality": schema.QUALITY,
+        "quality": QUALITIES,
         "context": engine.context,
         "running": running,
         "waiting": max(0, worker.live - running),

@@ -62,9 +62,9 @@ class Metrics:
         self._ended.labels(name).inc()
         if job.admitted:
             self._queued.observe(job.admitted - job.submitted)
-            self._prompt.labels(str(job.bits)).inc(len(job.request.prompt))
+            self._prompt.labels(str(round(job.bits))).inc(len(job.request.prompt))
             self._reused.inc(job.reused_tokens)
-        self._drawn.labels(str(job.bits)).inc(len(job.request.tokens))
+        self._drawn.labels(str(round(job.bits))).inc(len(job.request.tokens))
 
 
 class _Engine(Collector):

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from d2moe.errors import RequestError
-from d2moe.types import BASE_BITS, MAX_BITS
+from d2moe.types import BASE_BITS, MAX_BITS, QUALITIES
 
 MOST_CHOICES = 16
 MOST_STOPS = 16
 MOST_TOP_LOGPROBS = 20
-QUALITY: dict[str, float] = {"fast": 3, "balanced": 4, "best": 8}
-"""Widths, in bits, that the words of `quality` stand for."""
 
 Stop = Annotated[str, Field(max_length=1000)]
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
-def width_of(bits: float | None, quality: str | None, default: float) -> int:
-    """The one place where a request's dial becomes what the engine takes: today a whole width from 2 to 8."""
+def width_of(bits: float | None, quality: str | None, default: float, *, routed: bool) -> float:
+    """The average width that a request asks for. A model that is not `routed` has whole widths only, and a word of `quality`
+    means the next one up."""
     if bits is not None and quality is not None:
         raise RequestError("give either bits or quality, not both")
-    wish = bits if bits is not None else QUALITY[quality] if quality is not None else default
-    if wish != int(wish) or not BASE_BITS <= wish <= MAX_BITS:
-        raise RequestError(f"bits is {wish:g}, expected a whole number from {BASE_BITS} to {MAX_BITS}")
-    return int(wish)
+    if quality is None:
+        return default if bits is None else bits
+    return QUALITIES[quality] if routed else math.ceil(QUALITIES[quality])
 
 
 class Strict(BaseModel):
@@ -57,8 +56,10 @@ class Common(Strict):
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="The same seed gives the same text.")
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     ignore_eos: bool = Field(False, description="Go on past the model's end of text.")
-    bits: float | None = Field(None, ge=BASE_BITS, le=MAX_BITS, description="Width of the experts; today a whole number.")
-    quality: Literal["fast", "balanced", "best"] | None = Field(None, description=f"Instead of bits: {QUALITY}.")
+    bits: float | None = Field(
+        None, ge=BASE_BITS, le=MAX_BITS, description="Average width of the experts; whole if the model has no width router."
+    )
+    quality: Literal["fast", "balanced", "best"] | None = Field(None, description=f"Instead of bits: {QUALITIES}.")
     grammar: str | None = Field(None, description="The answer follows this grammar, in llguidance's form of Lark.")
     regex: str | None = Field(None, description="The answer matches this regular expression.")
     user: str | None = Field(None, description="Has no effect.")
@@ -154,7 +155,7 @@ class MemoryRequest(Strict):
 
 
 class DefaultsRequest(Strict):
-    bits: float = Field(ge=BASE_BITS, le=MAX_BITS, description="Width of requests that name none; today a whole number.")
+    bits: float = Field(ge=BASE_BITS, le=MAX_BITS, description="Width of requests that name none.")
 
 
 # Answers, for the description of the interface.

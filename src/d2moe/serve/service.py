@@ -42,7 +42,7 @@ class Plan:
     prompts: list[list[int]]
     n: int
     params: SamplingParams
-    bits: int
+    bits: float
     grammars: list[Grammar | None]
     generate: bool = True
     tools: list[Tool] = field(default_factory=list)
@@ -154,7 +154,8 @@ class Service:
             if above:
                 raise RequestError(f"logit_bias names token {above[0]}, the vocabulary has 0 to {engine.shape.vocab - 1}")
             values["logit_bias"] = biases
-        bits = width_of(body.bits, body.quality, self.default_bits)
+        bits = width_of(body.bits, body.quality, self.default_bits, routed=engine.router is not None)
+        engine.dial(bits)
         values |= {"stop": body.stop or (), "ignore_eos": body.ignore_eos, "bits": bits, **scores}
         params = SamplingParams.make({**values, "max_tokens": max(1, limit) if limit is not None else most})
         tokens = [check_prompt(p, engine.shape.vocab, engine.context) for p in prompts]

@@ -86,7 +86,7 @@ class Replay:
         self.wanted_bytes = 0
         self.held = False
         self._dense_layers = max(dense_layers, 1)
-        self._notes: list[tuple[int, list[I32], I32]] = []
+        self._notes: list[tuple[int, list[I32], list[I32]]] = []
         self._noting = self._waits = False
         self._index = 0
         self._calls: list[Call] = []
@@ -122,14 +122,15 @@ class Replay:
 
     def _note(self, call: Call) -> None:
         if not self._noting:
-            self._notes.append((call.layer, [], call.bits))
+            self._notes.append((call.layer, [], []))
         self._noting = True
         self._notes[-1][1].append(call.ids)
+        self._notes[-1][2].append(call.bits)
 
     def take_notes(self) -> list[tuple[int, I32, I32]]:
         self._noting = False
         notes, self._notes = self._notes, []
-        return [(first, np.stack(ids), bits) for first, ids, bits in notes]
+        return [(first, np.stack(ids), np.stack(bits)) for first, ids, bits in notes]
 
     def choices(self, layer: int) -> tuple[I32, I32]:
         return self._calls[self._index].ids, self._bits

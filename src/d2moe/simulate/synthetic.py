@@ -75,11 +75,10 @@ def synthetic_trace(
     for t in range(prompt_tokens, prompt_tokens + tokens):
         step(routes[:, t], range(t, t + 1), -1)
     calls = sum(len(a) for a in kept["ids"])
-    total = int(np.concatenate(kept["tokens"]).sum())
     gates = -np.sort(-rng.dirichlet(np.full(meta.top_k, 2.0), calls), axis=1)
     arrays: dict[str, npt.NDArray[Any]] = {name: np.concatenate(a).astype(np.int32) for name, a in kept.items()}
     arrays["ids"] = arrays["ids"].astype(np.uint16)
-    arrays["bits"] = np.full((total, meta.top_k), bits, np.uint8)
+    arrays["bits"] = np.full((calls, meta.top_k), bits, np.uint8)
     arrays["gates"] = gates.astype(np.float32)
     arrays["forecast"] = np.concatenate(forecasts).astype(np.int16)
     return Trace(meta, arrays)

@@ -1,0 +1,360 @@
+"""Making a width router: what a plane of an expert is worth to a token, measured or learned, and the dial's table of prices.
+
+The value of plane b of expert e in layer l to a token, in nats of the token's KL divergence from full width, is taken as
+
+    gate^2 * planes[l, e, b]          "measured"
+    gate^p * (mean x^2)^q * exp(weight[l, e] . h) * planes[l, e, b]      "learned"
+
+measured: D[l, e, b], the mean squared difference of an expert's output at b bits from that at 8, is taken from a run over the
+text; S[l], what a squared difference in a layer costs at the end, from runs with one layer alone at SENSE_BITS. A plane's value is
+the step of D times S.
+
+learned: from there by gradients, as in arXiv 2504.15299 (distillation, a price per bit, weights frozen). The loss is the KL
+divergence from the teacher over the price, plus the bits taken; the price is drawn anew for each batch, so one router serves all
+averages and no capacities are needed against collapse. Estimator: straight-through. Forward a plane is taken or not; backward
+its switch is a sigmoid of (log value - log price) / TEMPERATURE, and a pair's output is f_2 + sum of switch_b (f_b - f_(b-1)).
+Deviations from the paper: it has a softmax over widths and one fixed price.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2moe.container import BitRouter
+from d2moe.convert.torch_decoder import Choose, TorchDecoder, gated, uniform
+from d2moe.errors import CheckpointError, RequestError
+from d2moe.types import BASE_BITS, MAX_BITS, WIDTHS
+
+WINDOW = 256
+"""Tokens that are run together, from an empty context."""
+BATCH = 16
+"""Windows run at a time without gradients; LEARN_BATCH with."""
+LEARN_BATCH = 4
+SENSE_BITS = 3
+PRIOR = 0.1
+TEMPERATURE = 0.7
+RATE = 0.02
+PRICED = (2.1, 5.0)
+"""Averages between which the prices of training are drawn."""
+DIAL_STEP = 0.05
+TINY = 1e-30
+
+Progress = Callable[[int, int], None]
+PLANES = MAX_BITS - BASE_BITS
+
+
+def windows_of(texts: Sequence[Sequence[int]], tokens: int) -> tuple[Tensor, Tensor]:
+    """(windows to train on, windows held back for the report), int64 [n, WINDOW]: equal parts of each text, `tokens` in all.
+
+    RequestError if there are fewer than four windows.
+    """
+    each = max(1, tokens // WINDOW // len(texts))
+    cut = [torch.tensor(text[: len(text) // WINDOW * WINDOW]).view(-1, WINDOW)[:each] for text in texts if len(text) >= WINDOW]
+    count = sum(map(len, cut))
+    if count < 4:
+        raise RequestError(f"the text makes {count} windows of {WINDOW} tokens, expected at least 4; give more of it")
+    every = torch.cat(cut)
+    held = torch.arange(count) % 4 == 3
+    return every[~held], every[held]
+
+
+def batches(windows: Tensor, size: int = BATCH) -> Iterator[Tensor]:
+    for at in range(0, len(windows), size):
+        yield windows[at : at + size]
+
+
+@dataclass
+class Rule:
+    """The values of all layers in torch: planes [layers, experts, 6], powers [layers, 2], weight [layers, experts, hidden]."""
+
+    planes: Tensor
+    powers: Tensor
+    weight: Tensor | None = None
+
+    def values(self, layer: int, x: Tensor, h: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+        """Logarithms [n, top_k, 6] of the planes' values; csrc/widths.h has the same sum."""
+        gate_power, norm_power = self.powers[layer]
+        s = gate_power * gates.clamp(min=TINY).log() + norm_power * x.pow(2).mean(-1, keepdim=True).clamp(min=TINY).log()
+        if self.weight is not None:
+            s = s + torch.einsum("nkh,nh->nk", self.weight[layer][ids], h)
+        return s[..., None] + self.monotone()[layer][ids]
+
+    def monotone(self) -> Tensor:
+        """A plane is worth no more than the one before it, or it could never be had alone."""
+        return self.planes.cummin(-1)[0]
+
+    def at(self, price: float) -> Callable[[int], Choose]:
+        """The widths at a price, for each layer with experts."""
+
+        def layer(m: int) -> Choose:
+            return lambda x, h, ids, gates: BASE_BITS + (self.values(m, x, h, ids, gates) >= price).sum(-1)
+
+        return layer
+
+    def router(self, dial: np.ndarray[Any, np.dtype[np.float32]]) -> BitRouter:
+        weight = None if self.weight is None else self.weight.numpy()
+        return BitRouter(self.monotone().numpy(), self.powers.numpy(), weight, dial)
+
+
+Routed = tuple[Tensor, Tensor, Tensor, Tensor]
+"""x, h [n, hidden], ids and gates [n, top_k] of a layer."""
+
+
+def looking(seen: list[Routed]) -> Choose:
+    """Full width, and a note of what was routed."""
+
+    def choose(x: Tensor, h: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+        seen.append((x, h, ids, gates))
+        return torch.full_like(ids, MAX_BITS)
+
+    return choose
+
+
+def plain(bits: int) -> Callable[[int], Choose]:
+    """One width in all layers."""
+    return lambda m: uniform(bits)
+
+
+def run(decoder: TorchDecoder, x: Tensor, choose: Callable[[int], Choose], first: int = 0) -> Tensor:
+    """x after the last layer, from what goes into layer `first`; `choose(m)` is for the m-th layer with experts."""
+    for index in range(first, decoder.shape.layers):
+        m = decoder.moe_layers.index(index) if index in decoder.moe_layers else 0
+        x = decoder.layer(index, x, choose(m))
+    return x
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`difference` [layers, experts, 6] mean squared difference of an expert's output at 2 to 7 bits from that at 8; `mass`
+    [layers, experts] summed squared gates; `sense` [layers] nats of KL per gate^2 * squared difference, summed over pairs."""
+
+    difference: Tensor
+    mass: Tensor
+    sense: Tensor
+
+    def rule(self, prior: float = PRIOR) -> Rule:
+        """The untrained start. An expert's difference is mixed with the layer's, which counts as much as `prior` of an even share of
+        the text: experts that the text hardly used know little of themselves. Infinite: one row for a layer."""
+        layers, experts, _ = self.difference.shape
+        share = (self.mass / self.mass.sum(-1, keepdim=True))[..., None]
+        mean = (self.difference * share).sum(1, keepdim=True)
+        own = share / (share + prior / experts)
+        d = own * self.difference + (1 - own) * mean
+        step = d - torch.cat([d[..., 1:], torch.zeros_like(d[..., :1])], -1)
+        planes = (step * self.sense[:, None, None]).clamp(min=TINY).log()
+        return Rule(planes.cummin(-1)[0].contiguous(), torch.tensor([[2.0, 0.0]]).repeat(layers, 1))
+
+
+def measure(decoder: TorchDecoder, windows: Tensor, progress: Progress) -> Measured:
+    """Differences and sensitivities on `windows`. A layer is loaded for all windows together; KL is taken from a quarter of them."""
+    s, moe = decoder.shape, decoder.moe_layers
+    few = windows[:: max(1, min(4, len(windows) // 8))]
+    total, done = s.layers * 2 + sum(s.layers - layer for layer in moe), 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    full = uniform(MAX_BITS)
+    difference, mass = torch.zeros(len(moe), s.experts, PLANES), torch.zeros(len(moe), s.experts)
+    x, inputs = decoder.embed(few), []
+    for index in range(s.layers):
+        inputs.append(x)
+        x = torch.cat([decoder.layer(index, part, full) for part in batches(x)])
+        tick()
+    base, x = x, decoder.embed(windows)
+    for index in range(s.layers):
+        seen: list[Routed] = []
+        x = torch.cat([decoder.layer(index, part, looking(seen)) for part in batches(x)])
+        if index in moe:
+            m = moe.index(index)
+            _differences(decoder, index, seen, difference[m], mass[m])
+        tick()
+    sense = torch.zeros(len(moe))
+    for m, index in enumerate(moe):
+        y = torch.cat([decoder.layer(index, part, uniform(SENSE_BITS)) for part in batches(inputs[index])])
+        tick()
+        for later in range(index + 1, s.layers):
+            y = torch.cat([decoder.layer(later, part, full) for part in batches(y)])
+            tick()
+        parts = zip(batches(base), batches(y), strict=True)
+        kl = sum(float(divergence(decoder.log_probabilities(p), decoder.log_probabilities(q)).sum()) for p, q in parts)
+        error = (mass[m] * difference[m, :, SENSE_BITS - BASE_BITS]).sum() / windows.numel()  # of a token
+        sense[m] = kl / few.numel() / error.clamp(min=TINY)
+    return Measured(difference, mass, sense)
+
+
+def _differences(decoder: TorchDecoder, index: int, seen: list[Routed], difference: Tensor, mass: Tensor) -> None:
+    _, h, ids, gates = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    for expert in ids.unique().tolist():
+        token, rank = (ids == expert).nonzero(as_tuple=True)
+        weight = gates[token, rank].square()
+        full = gated(h[token], decoder.expert(index, expert, MAX_BITS))
+        for column, bits in enumerate(WIDTHS[:-1]):
+            off = (gated(h[token], decoder.expert(index, expert, bits)) - full).square().sum(-1)
+            difference[expert, column] = (weight * off).sum() / weight.sum().clamp(min=TINY)
+        mass[expert] = weight.sum()
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) in nats of log-probabilities [..., vocab]."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def calibrate(decoder: TorchDecoder, rule: Rule, windows: Tensor, progress: Progress) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The dial float32 [n, 2]: average widths and the prices at which the windows' tokens take them.
+
+    Values are taken at full width: what lower widths change in them moves the average by less than 0.02 bits.
+    """
+    values: list[Tensor] = []
+    for number, part in enumerate(batches(windows)):
+        seen: list[Routed] = []
+        run(decoder, decoder.embed(part), lambda m, seen=seen: looking(seen))  # type: ignore[misc]
+        values += [rule.values(m, *routed).flatten() for m, routed in enumerate(seen)]
+        progress(min(len(windows), (number + 1) * BATCH), len(windows))
+    ordered = torch.cat(values).sort(descending=True)[0]
+    widths = np.arange(BASE_BITS + DIAL_STEP, MAX_BITS - DIAL_STEP / 2, DIAL_STEP)
+    places = np.clip((widths - BASE_BITS) / PLANES * len(ordered), 0, len(ordered) - 1).astype(np.int64)
+    return np.stack([widths, ordered[places].numpy()], 1).astype(np.float32)
+
+
+def score(decoder: TorchDecoder, windows: Tensor, teacher: Sequence[Tensor] | None, choose: Callable[[int], Choose]) -> tuple[float, float]:
+    """(average width, KL from the teacher in nats a token); `teacher` has log-probabilities for each batch, None means 8 bits."""
+    taken: list[Tensor] = []
+
+    def noted(m: int) -> Choose:
+        inner = choose(m)
+
+        def note(x: Tensor, h: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+            taken.append(inner(x, h, ids, gates).flatten())
+            return taken[-1].view_as(ids)
+
+        return note
+
+    total = 0.0
+    for number, part in enumerate(batches(windows)):
+        q = decoder.log_probabilities(run(decoder, decoder.embed(part), noted))
+        p = teacher[number] if teacher is not None else full_width(decoder, part)
+        total += float(divergence(p, q).sum())
+    return float(torch.cat(taken).float().mean()), total / windows.numel()
+
+
+def full_width(decoder: TorchDecoder, windows: Tensor) -> Tensor:
+    """Log-probabilities at 8 bits."""
+    return decoder.log_probabilities(run(decoder, decoder.embed(windows), plain(MAX_BITS)))
+
+
+class Learner:
+    """Gradient training of a rule; `state` can be saved between steps and set again."""
+
+    def __init__(self, decoder: TorchDecoder, start: Rule, prices: tuple[float, float], seed: int = 0):
+        self.decoder, self.prices = decoder, prices
+        layers, experts, _ = start.planes.shape
+        self._parts = {
+            "planes": start.planes.clone(),
+            "powers": start.powers.clone(),
+            "weight": torch.zeros(layers, experts, decoder.shape.hidden),
+        }
+        for tensor in self._parts.values():
+            tensor.requires_grad_(True)
+        # A weight meets `hidden` numbers of size one, so its steps are that much smaller.
+        rates = {"planes": RATE, "powers": RATE, "weight": RATE / decoder.shape.hidden}
+        self._adam = torch.optim.Adam([{"params": [t], "lr": rates[n]} for n, t in self._parts.items()], betas=(0.9, 0.98))
+        self._random = torch.Generator().manual_seed(seed)
+        self.done = 0
+
+    @property
+    def rule(self) -> Rule:
+        """As it is now, without gradients."""
+        return Rule(**{name: tensor.detach().clone() for name, tensor in self._parts.items()})
+
+    @property
+    def state(self) -> dict[str, Any]:
+        parts = {name: tensor.detach() for name, tensor in self._parts.items()}
+        return {"parts": parts, "adam": self._adam.state_dict(), "random": self._random.get_state(), "done": self.done}
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for name, tensor in state["parts"].items():
+                self._parts[name].copy_(tensor)
+        self._adam.load_state_dict(state["adam"])
+        self._random.set_state(state["random"])
+        self.done = state["done"]
+
+    def step(self, windows: Tensor, teacher: Callable[[Tensor], Tensor]) -> float:
+        """One batch drawn from `windows`; the loss."""
+        part = windows[torch.randint(len(windows), (LEARN_BATCH,), generator=self._random)]
+        low, high = self.prices
+        price = low + (high - low) * float(torch.rand(1, generator=self._random))
+        taken: list[Tensor] = []
+        x = self.decoder.embed(part)
+        for index in range(self.decoder.shape.layers):
+            x = self._layer(index, x, price, taken)
+        kl = divergence(teacher(part), self.decoder.log_probabilities(x)).mean()
+        bits = torch.cat(taken).sum() / part.numel()  # of a token, beyond the base
+        loss = kl / math.exp(price) + bits
+        self._adam.zero_grad()
+        loss.backward()
+        for tensor in self._parts.values():
+            torch.nn.utils.clip_grad_norm_([tensor], 1.0)
+        self._adam.step()
+        self.done += 1
+        return float(loss.detach())
+
+    def _layer(self, index: int, x: Tensor, price: float, taken: list[Tensor]) -> Tensor:
+        decoder = self.decoder
+        if index not in decoder.moe_layers:
+            return decoder.layer(index, x, uniform(MAX_BITS))
+        m = decoder.moe_layers.index(index)
+        found: list[tuple[Tensor, ...]] = []
+
+        def none(x: Tensor, h: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+            found.append((x, h, ids, gates))
+            return torch.zeros_like(ids)
+
+        rest = decoder.layer(index, x, none)  # all but the experts
+        flat, h, ids, gates = found[0]
+        soft = torch.sigmoid((Rule(**self._parts).values(m, flat, h, ids, gates) - price) / TEMPERATURE)
+        switch = (soft > 0.5).float() + soft - soft.detach()
+        taken.append(switch.sum((-1, -2)))
+        out = torch.zeros_like(h)
+        for expert in ids.unique().tolist():
+            token, rank = (ids == expert).nonzero(as_tuple=True)
+            widths = [gated(h[token], decoder.expert(index, expert, bits)) for bits in WIDTHS]
+            y = widths[0]
+            for column in range(PLANES):
+                y = y + switch[token, rank, column, None] * (widths[column + 1] - widths[column])
+            out = out.index_add(0, token, gates[token, rank, None] * y)
+        return rest + out.view_as(rest)
+
+
+def reference_teacher(src: str | Path, vocab: int) -> Callable[[Tensor], Tensor]:
+    """Log-probabilities by the Hugging Face checkpoint in `src`, float32; CheckpointError if transformers cannot load it."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(src), dtype=torch.float32, local_files_only=True)
+    except Exception as error:  # transformers raises nearly anything
+        raise CheckpointError(f"{src}: transformers cannot load this checkpoint: {' '.join(str(error).split())}") from None
+    if model.config.vocab_size != vocab:
+        raise CheckpointError(f"{src} has a vocabulary of {model.config.vocab_size}, the model {vocab}; is it what was converted?")
+    model.eval()
+
+    def teacher(windows: Tensor) -> Tensor:
+        with torch.inference_mode():
+            found = torch.log_softmax(model(windows, use_cache=False).logits.float(), -1)
+        return found.clone()
+
+    return teacher

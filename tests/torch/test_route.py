@@ -1,0 +1,133 @@
+"""Training of the width router: the torch decoder is the engine, what is measured is what it says, and training can be resumed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the test extra: torch")
+pytest.importorskip("transformers", reason="needs the test extra: transformers")
+
+from checkpoints import FAMILIES, tiny_checkpoint  # noqa: E402
+
+from d2moe.container import Container, read_router  # noqa: E402
+from d2moe.container.verify import verify  # noqa: E402
+from d2moe.convert import bit_router, route_training  # noqa: E402
+from d2moe.convert.bit_router import Learner, calibrate, measure, plain, run, windows_of  # noqa: E402
+from d2moe.convert.pipeline import convert  # noqa: E402
+from d2moe.convert.torch_decoder import TorchDecoder  # noqa: E402
+from d2moe.errors import RequestError  # noqa: E402
+from d2moe.runtime.config import EngineConfig  # noqa: E402
+from d2moe.runtime.engine import Engine  # noqa: E402
+from d2moe.runtime.request import Chunk  # noqa: E402
+
+
+def silent(done, total):
+    assert 0 <= done <= total
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request, tmp_path_factory):
+    """(container, texts of 300 symbols); small routers and norms, so that near ties are rare."""
+    folder = tmp_path_factory.mktemp(request.param)
+    seed = int(np.random.default_rng().integers(1 << 31))
+    print(f"{request.param}: seed {seed}")
+    tiny_checkpoint(request.param, folder / "hf", seed=seed, decisive=True)
+    rng = np.random.default_rng(seed)
+    return convert(folder / "hf", folder / "model.d2moe"), [rng.integers(0, 300, 1500).tolist() for _ in range(2)]
+
+
+def test_the_torch_decoder_is_the_engine(model):
+    path, texts = model
+    decoder, tokens = TorchDecoder(Container.open(path)), np.array(texts[0][:40], np.int32)
+    for bits in (2, 5, 8):
+        with Engine.load(path, EngineConfig(kernels="reference-float", dense_bits=8, context=64)) as engine:
+            logits = engine.step([Chunk(engine.new_sequence(), tokens, bits, "all")])
+        x = run(decoder, decoder.embed(torch.from_numpy(tokens)[None].long()), plain(bits))
+        found, expected = decoder.log_probabilities(x)[0], torch.log_softmax(torch.from_numpy(logits), -1)
+        # The middle token: one at a near tie of a router may go elsewhere, and those after it see it.
+        assert (found - expected).abs().max(-1)[0].median() < 1e-3
+
+
+def test_training_writes_a_router_whose_dial_holds(model, monkeypatch):
+    path, texts = model
+    made = route_training.train(path, texts, tokens=2560)
+    container = Container.open(path)
+    router = read_router(container)
+    assert router is not None and made.method == "measured" and not verify(container).problems
+    assert [name for name, *_ in made.table] == ["uniform 3", "uniform 4", "measured 2.5", "measured 3", "measured 4"]
+    tokens = np.random.default_rng().integers(0, 300, 250).astype(np.int32)
+    for bits in (2.5, 3.25, 6):
+        with Engine.load(path, EngineConfig(bits=bits, dense_bits=8, context=256)) as engine:
+            sequence = engine.new_sequence()
+            engine.step([Chunk(sequence, tokens, bits, "all")])
+            # Random tokens are their own domain; 250 of them scatter.
+            assert abs(sequence.average_bits - bits) < 0.2
+
+
+def test_measured_values_are_differences_of_outputs(model):
+    path, texts = model
+    decoder = TorchDecoder(Container.open(path))
+    windows, held = windows_of(texts, 2560)
+    assert len(windows) + len(held) == 10 and not {tuple(w.tolist()) for w in windows} & {tuple(w.tolist()) for w in held}
+    found = measure(decoder, windows, silent)
+    used = found.mass > 0
+    assert (found.sense > 0).all() and (found.difference[used] > 0).all()
+    assert (found.difference[used][:, 0] > found.difference[used][:, 3]).all(), "two bits are further off than five"
+    rule = found.rule()
+    assert (rule.planes.diff(dim=-1) <= 0).all() and torch.isfinite(rule.planes).all()
+    rows = found.rule(prior=float("inf")).planes
+    assert (rows == rows[:, :1]).all() and not (rule.planes == rule.planes[:, :1]).all()
+    # An expert that the text never used is as good as its layer's middle one.
+    found.mass[0, 0], found.difference[0, 0] = 0, 0
+    assert torch.allclose(found.rule().planes[0, 0], found.rule(prior=float("inf")).planes[0, 0], atol=1e-4)
+    dial = calibrate(decoder, rule, windows, silent)
+    widths = [w.flatten() for w in chosen(decoder, windows, rule.at(float(np.interp(3.0, *dial.T))))]
+    assert torch.cat(widths).float().mean() == pytest.approx(3.0, abs=0.05)
+
+
+def chosen(decoder, windows, choice):
+    seen = []
+    run(decoder, decoder.embed(windows), lambda m: lambda *routed: seen.append(choice(m)(*routed)) or seen[-1])
+    return seen
+
+
+def test_learning_goes_on_where_it_was(model):
+    path, texts = model
+    decoder = TorchDecoder(Container.open(path))
+    windows, _ = windows_of(texts, 2560)
+    start = measure(decoder, windows, silent).rule()
+    dial = calibrate(decoder, start, windows, silent)
+    prices = float(dial[-1, 1]), float(dial[0, 1])
+    spoiled = bit_router.Rule(start.planes + torch.linspace(-2, 2, 3)[: len(start.planes), None, None], start.powers * 0.5)
+    teacher = lambda part: bit_router.full_width(decoder, part)  # noqa: E731
+    whole, half = (Learner(decoder, spoiled, prices, seed=3) for _ in range(2))
+    for _ in range(4):
+        whole.step(windows[:4], teacher)
+    for _ in range(2):
+        half.step(windows[:4], teacher)
+    again = Learner(decoder, start, prices, seed=9)
+    again.state = half.state
+    for _ in range(2):
+        again.step(windows[:4], teacher)
+    for a, b, c in zip(vars(whole.rule).values(), vars(again.rule).values(), vars(spoiled).values(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5) and (c is None or not torch.equal(a, c))  # sums of threads
+
+
+def test_interrupted_training_is_resumed(model, monkeypatch):
+    path, texts = model
+    real, calls = route_training.measure, []
+    monkeypatch.setattr(route_training, "measure", lambda *a: calls.append(1) or real(*a))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(route_training, "calibrate", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+        route_training.train(path, texts, tokens=2560)
+    monkeypatch.undo()
+    monkeypatch.setattr(route_training, "measure", lambda *a: calls.append(2) or real(*a))
+    route_training.train(path, texts, tokens=2560)
+    assert calls == [1] and not path.with_name(path.name + ".router.partial").exists()
+    with pytest.raises(RequestError, match="expected at least 4"):
+        route_training.train(path, [[1] * 300], tokens=2560)
