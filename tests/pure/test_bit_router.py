@@ -125,4 +125,4 @@ def test_names_of_widths() -> None:
             make_it(quality="good")
         with pytest.raises(Exception, match="from 2 to 8"):
             make_it(bits=9.5)
-    assert [EngineConfig(bits=b).dense_width for b in (2, 2.7, 3.2, 3.5, 4, 7.9)] == [4, 4, 4, 5, 5, 8]
+    assert [EngineConfig(bits=b).dense_width for b in (2, 2.7, 3.2, 3.5, 4, 7.9)] == [5, 5, 5, 6, 6, 8]

@@ -55,7 +55,7 @@ def run(model: str | None, prompt: str | None, chat: bool | None, report: bool, 
     """
     if model is not None and prompt is None and model != "builtin" and not Path(model).exists() and " " in model:
         model, prompt = None, model  # one argument with spaces that is no path is a prompt
-    engine = {k: options.pop(k) for k in (*ENGINE_NAMES, "context")}
+    engine = {k: options.pop(k) for k in ENGINE_NAMES}
     values = {k: v for k, v in options.items() if v is not None and v is not False and v != ()}
     values |= seed_of(values.get("seed"))
     from d2moe.runtime.sampling import SamplingParams

@@ -79,7 +79,10 @@ CONTEXT_OPTION = click.option(
     help="Tokens a sequence may hold [default: the model's, to 4096].",
 )
 
-ENGINE_NAMES = ("memory", "expert_memory", "bits", "quality", "uniform", "dense_bits", "kv", "policy", "learn", "timeline", "threads", "context")
+ENGINE_NAMES = (
+    *("memory", "expert_memory", "bits", "quality", "uniform", "dense_bits"),
+    *("kv", "policy", "learn", "timeline", "threads", "context"),
+)
 """Parameters that `ENGINE_OPTIONS` and `CONTEXT_OPTION` give to a command."""
 
 

@@ -83,7 +83,7 @@ class Replay:
     def __init__(self, experts: SimulatedExperts, dense_layers: int, when: str):
         self.experts, self.when = experts, when
         self.program = self
-        self.wanted_bytes = 0
+        self.wanted_bytes = self.use_bits = 0
         self.held = False
         self._dense_layers = max(dense_layers, 1)
         self._notes: list[tuple[int, list[I32], list[I32]]] = []
@@ -112,6 +112,7 @@ class Replay:
                 self._noting = False  # a note has one number of tokens
             self._bits, self._done, self._waits = call.bits, set[int](), True
             self.wanted_bytes += self._wanted(call.bits)
+            self.use_bits += int(call.bits.sum())
             self.held = self.when != "decide" and bool((e.widths[call.layer, call.ids] >= call.bits).all())
             if self.held:
                 self._note(call)
@@ -141,6 +142,7 @@ class Replay:
 
     def choose(self, bits: I32, gates: F32 | None = None) -> None:
         self.wanted_bytes += self._wanted(bits) - self._wanted(self._bits)
+        self.use_bits += int(bits.sum()) - int(self._bits.sum())
         self._bits = bits
 
     def forecast(self, ahead: int) -> I32:
@@ -269,10 +271,9 @@ class _Part:
 def _count(counters: Counters, experts: SimulatedExperts, replay: Any, step: Step) -> None:
     """What `Engine.step` takes from the core after a step."""
     counters.read_bytes, counters.reads = experts.read_bytes, experts.reads
-    counters.wanted_bytes = replay.wanted_bytes
+    counters.wanted_bytes, counters.use_bits = replay.wanted_bytes, replay.use_bits
     counters.stall_seconds, counters.compute_seconds = experts.stall_s, experts.compute_s
     counters.steps += 1
     counters.tokens += step.tokens
     for call in step.calls:
         counters.uses += call.ids.size
-        counters.use_bits += int(call.bits.sum())
