@@ -21,10 +21,10 @@ LAYERS, EXPERTS, HIDDEN = 4, 16, 256
 
 
 def random_router(rng, weight=True):
-    """Values around e^0, so that prices from 3 to -3 give averages between 2 and 8."""
+    """Values around e^0, so that prices from 1.5 to -6 give averages between 2 and 8."""
     planes = np.sort(rng.normal(0, 1.5, (LAYERS, EXPERTS, 6)), -1)[..., ::-1]
     powers = np.stack([rng.uniform(0.5, 2.5, LAYERS), rng.uniform(-1, 0.5, LAYERS)], 1)
-    dial = np.stack([np.linspace(2.1, 7.9, 9), np.linspace(3, -6, 9)], 1)
+    dial = np.stack([np.linspace(2.1, 7.9, 9), np.linspace(1.5, -6, 9)], 1)
     arrays = planes, powers, rng.normal(0, 0.05, (LAYERS, EXPERTS, HIDDEN)) if weight else None, dial
     return BitRouter(*(None if a is None else np.ascontiguousarray(a, np.float32) for a in arrays))
 
@@ -63,7 +63,7 @@ def test_nothing_but_the_tokens_decides_the_widths(routed, rng, bits):
     path, _ = routed
     tokens = tokens_of(rng)
     expected, _, wide = fed(path, tokens, bits, threads=1)
-    assert len(np.unique(wide)) > 2, "a router that never varies tests nothing"
+    assert len(np.unique(wide)) > 1, "a router that never varies tests nothing"
     for options in (
         {"expert_memory_bytes": 262144},
         {"expert_memory_bytes": 900_000, "threads": 3, "direct": False},
