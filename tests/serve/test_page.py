@@ -92,7 +92,10 @@ def test_markup_of_models_and_users_stays_text(page: Any) -> None:
     assert page.locator(".turn img, .turn script").count() == 0 and page.evaluate("window.bad") is None
 
 
-def test_an_answer_can_be_stopped(page: Any, server: SimpleNamespace) -> None:
+def test_an_answer_can_be_stopped(page: Any, server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = server.service.engine.step
+    monkeypatch.setattr(server.service.engine, "step", lambda chunks: (time.sleep(0.02), step(chunks))[1])
+    monkeypatch.setattr(type(server.service.model), "eos_ids", frozenset())
     page.locator("summary").click()
     page.locator("#tokens").fill("2000")
     page.locator("#text").fill("Once")
@@ -100,7 +103,7 @@ def test_an_answer_can_be_stopped(page: Any, server: SimpleNamespace) -> None:
     until(page, "document.querySelectorAll('.turn')[1]?.innerText.length > 20")
     page.locator("#stop").click()
     until(page, "document.querySelector('.turn:last-child small')?.textContent === 'stopped'")
-    wait_idle(server, 2)
+    wait_idle(server, 5)
 
 
 def test_the_budget_can_be_changed(page: Any, server: SimpleNamespace) -> None:
