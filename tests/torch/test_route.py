@@ -27,18 +27,26 @@ def silent(done, total):
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def model(request, tmp_path_factory):
-    """(container, texts of 300 symbols); small routers and norms, so that near ties are rare."""
-    folder = tmp_path_factory.mktemp(request.param)
+def each_family(request, tmp_path_factory):
+    return made(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return made("qwen2_moe", tmp_path_factory.mktemp("one"))  # with shared experts
+
+
+def made(family, folder):
+    """(container, texts of 300 symbols); sharp routers, so that near ties are rare."""
     seed = int(np.random.default_rng().integers(1 << 31))
-    print(f"{request.param}: seed {seed}")
-    tiny_checkpoint(request.param, folder / "hf", seed=seed, decisive=True)
+    print(f"{family}: seed {seed}")
+    tiny_checkpoint(family, folder / "hf", seed=seed, decisive=True)
     rng = np.random.default_rng(seed)
     return convert(folder / "hf", folder / "model.d2moe"), [rng.integers(0, 300, 1500).tolist() for _ in range(2)]
 
 
-def test_the_torch_decoder_is_the_engine(model):
-    path, texts = model
+def test_the_torch_decoder_is_the_engine(each_family):
+    path, texts = each_family
     decoder, tokens = TorchDecoder(Container.open(path)), np.array(texts[0][:40], np.int32)
     for bits in (2, 5, 8):
         with Engine.load(path, EngineConfig(kernels="reference-float", dense_bits=8, context=64)) as engine:
@@ -49,13 +57,13 @@ def test_the_torch_decoder_is_the_engine(model):
         assert (found - expected).abs().max(-1)[0].median() < 1e-3
 
 
-def test_training_writes_a_router_whose_dial_holds(model, monkeypatch):
+def test_training_writes_a_router_whose_dial_holds(model):
     path, texts = model
-    made = route_training.train(path, texts, tokens=2560)
+    trained = route_training.train(path, texts, tokens=2560)
     container = Container.open(path)
     router = read_router(container)
-    assert router is not None and made.method == "measured" and not verify(container).problems
-    assert [name for name, *_ in made.table] == ["uniform 3", "uniform 4", "measured 2.5", "measured 3", "measured 4"]
+    assert router is not None and trained.method == "measured" and not verify(container).problems
+    assert [name for name, *_ in trained.table] == ["uniform 3", "uniform 4", "measured 2.5", "measured 3", "measured 4"]
     tokens = np.random.default_rng().integers(0, 300, 250).astype(np.int32)
     for bits in (2.5, 3.25, 6):
         with Engine.load(path, EngineConfig(bits=bits, dense_bits=8, context=256)) as engine:
