@@ -27,7 +27,8 @@ test-arm:
 # Rebuilds the built-in model from the checkpoint it was made from.
 model: $(VENV)/.installed
 	rm -rf src/d2moe/builtin/qwen3moe-14m.d2moe
-	$(BIN)/d2moe convert ../shared/models/qwen3moe-14m src/d2moe/builtin/qwen3moe-14m.d2moe
+	$(BIN)/d2moe convert ../shared/models/qwen3moe-14m src/d2moe/builtin/qwen3moe-14m.d2moe --calibration-tokens 131072 \
+	  --calibration ../shared/data/calibration/exl3_c4.utf8 --calibration ../shared/data/calibration/exl3_wiki.utf8
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed, this is " + sys.version'

@@ -5,6 +5,13 @@
 #include <cstring>
 #include <vector>
 
+// One version for each width of registers, chosen when the program is loaded; all give the same bits.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
+#define D2MOE_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define D2MOE_CLONES
+#endif
+
 namespace d2moe {
 namespace {
 
@@ -39,7 +46,7 @@ struct Tile {
   int32_t code[kTileRows];
 
   // Keeps candidate n where it costs less than the best so far.
-  void offer(int n, const float* cost_of_n) {
+  inline __attribute__((always_inline)) void offer(int n, const float* cost_of_n) {
     for (int r = 0; r < kTileRows; ++r) {
       const bool better = cost_of_n[r] < cost[r];
       cost[r] = better ? cost_of_n[r] : cost[r];
@@ -47,9 +54,9 @@ struct Tile {
     }
   }
 
-  void choose(const Targets& t, const Halves& v) {
+  inline __attribute__((always_inline)) void choose(const Targets& t, const Halves& v) {
     float c[kTileRows];
-    const auto reset = [&] {
+    const auto reset = [&]() __attribute__((always_inline)) {
       for (int r = 0; r < kTileRows; ++r) cost[r] = __builtin_inff(), code[r] = 0;
     };
     reset();
@@ -90,12 +97,13 @@ struct Tile {
 
 } // namespace
 
+D2MOE_CLONES
 void feedback_rows(const Targets& targets, float* t, const float* u, const float* step, const float* zero, int64_t cols,
                    int64_t rows, int64_t row0, int64_t row1, uint8_t* codes) {
   const Halves halves(targets);
   // The tile's own copy: columns of t lie a power of two apart and would fall into the same few cache sets.
   std::vector<float> own(size_t(targets.count * cols * kTileRows));
-  const auto column = [&](int k, int64_t j) { return own.data() + (k * cols + j) * kTileRows; };
+  const auto column = [&](int k, int64_t j) __attribute__((always_inline)) { return own.data() + (k * cols + j) * kTileRows; };
   Tile tile;
   for (int64_t row = row0; row < row1; row += kTileRows) {
     for (int64_t i = 0; i < targets.count * cols; ++i)

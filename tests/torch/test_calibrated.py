@@ -66,11 +66,14 @@ def test_experts_that_few_tokens_chose_see_the_nearest_others(tmp_path: Path) ->
         activations = Activations(source, np.random.default_rng().integers(0, 256, (2, 16)).astype(np.int32))
         activations.attend(0)
         h = activations.normed(0)
+        importance = activations.importance()
         logits = h @ source.read_dense("layers.0.router").T
         routed = Routed(activations, 0, h, least=20)
         expert = int(routed.tokens.argmin())
         parts = dict(source.read_expert(0, expert))
-        found, _ = routed.hessians(expert, parts["gate"], parts["up"])
+        hessians = routed.pass_on(expert, **parts)
+        assert hessians
+        found = hessians[0]
         p = np.exp(logits - logits.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
         chosen = (np.argsort(-p, axis=-1)[:, : source.shape.top_k] == expert).any(-1)
@@ -78,7 +81,7 @@ def test_experts_that_few_tokens_chose_see_the_nearest_others(tmp_path: Path) ->
         if source.shape.norm_top_k:
             p /= np.sort(p, axis=-1)[:, -source.shape.top_k :].sum(-1, keepdims=True)
         seen = sorted(range(len(h)), key=lambda i: (not chosen[i], -p[i, expert]))[:20]
-        expected = squares(h[seen], p[seen, expert] ** 2 * activations.importance()[seen])
+        expected = squares(h[seen], p[seen, expert] ** 2 * importance[seen])
     assert np.allclose(found, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 

@@ -182,21 +182,18 @@ class Routed:
         self.tokens = self._chosen.sum(0)
         """How many tokens chose each expert, int64 [experts]."""
 
-    def pass_on(self, expert: int, gate: F32, up: F32, down: F32) -> None:
-        """Add an expert's output to the residual stream of the tokens that chose it."""
-        chosen = np.flatnonzero(self._chosen[:, expert])
-        inner = self._inner(chosen, gate, up)
-        self._activations._flat()[chosen] += self._gates[chosen, expert, None] * (inner @ down.T)
-
-    def hessians(self, expert: int, gate: F32, up: F32) -> tuple[F32, F32]:
-        """Of what the expert's gate and up meet [hidden, hidden], and of what its down meets [inner, inner]."""
+    def pass_on(self, expert: int, gate: F32, up: F32, down: F32, *, measure: bool = True) -> tuple[F32, F32] | None:
+        """Add an expert's output to the residual stream of the tokens that chose it; if asked to `measure`, Hessians of what
+        its gate and up meet [hidden, hidden], and of what its down meets [inner, inner]."""
         seen = self._seen(expert)
-        weight = self._gates[seen, expert] ** 2 * self._importance[seen]
-        return squares(self._h[seen], weight), squares(self._inner(seen, gate, up), weight)
-
-    def _inner(self, tokens: I64, gate: F32, up: F32) -> F32:
-        h = self._h[tokens]
-        return np.asarray(silu(h @ gate.T) * (h @ up.T), np.float32)
+        h, g = self._h[seen], self._gates[seen, expert]
+        inner = np.asarray(silu(h @ gate.T) * (h @ up.T), np.float32)
+        chosen = self._chosen[seen, expert]
+        self._activations._flat()[seen[chosen]] += g[chosen, None] * (inner[chosen] @ down.T)
+        if not measure:
+            return None
+        weight = g**2 * self._importance[seen]
+        return squares(h, weight), squares(inner, weight)
 
     def _seen(self, expert: int) -> I64:
         if self.tokens[expert] >= self._least:

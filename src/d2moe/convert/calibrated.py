@@ -118,18 +118,19 @@ class CalibratedJob(Job):
         found = np.zeros((self.checkpoint.shape.experts, len(PROJECTIONS), len(TARGETS["experts"])), np.float32)
         for index in range(self.checkpoint.shape.experts):
             parts = dict(self.checkpoint.read_expert(layer, index))
-            if index not in ready or not self.writer.is_dense_done(losses):
-                matrices, found[index] = self._expert_of(routed, index, parts)
+            wanted = index not in ready or not self.writer.is_dense_done(losses)
+            hessians = routed.pass_on(index, **parts, measure=wanted)
+            if hessians is None:
+                continue
+            matrices, found[index] = self._expert_of(*hessians, parts)
             if index not in ready:
                 self.writer.add_expert(layer, index, matrices)
                 self._advance(self._expert_weights, f"layer {layer} expert {index}")
-            routed.pass_on(index, **parts)
         if not self.writer.is_dense_done(losses):
             self.writer.add_dense(f"optional.tokens.{layer}", routed.tokens.astype(np.float32))
             self.writer.add_dense(losses, found)
 
-    def _expert_of(self, routed: Routed, index: int, parts: dict[str, F32]) -> tuple[dict[str, NestedMatrix], F64]:
-        into, inner = routed.hessians(index, parts["gate"], parts["up"])
+    def _expert_of(self, into: F32, inner: F32, parts: dict[str, F32]) -> tuple[dict[str, NestedMatrix], F64]:
         first, second = self._feedback(into, "experts"), self._feedback(inner, "experts")
         matrices, losses = {}, []
         for name in PROJECTIONS:
