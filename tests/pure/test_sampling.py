@@ -39,7 +39,7 @@ def draw(n: int, logits: np.ndarray = LOGITS, **values: float) -> np.ndarray:
         ("min_p", 2),
         ("repetition_penalty", 0), ("repetition_penalty", float("inf")), ("seed", -1), ("seed", 2**64), ("seed", "x"),
         ("stop", ""), ("stop", ["a", ""]), ("stop", 3), ("logprobs", -1), ("logprobs", 101), ("bits", 1), ("bits", 9),
-        ("bits", 2.5), ("ignore_eos", 1),
+        ("bits", "3"), ("ignore_eos", 1),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused_by_name(name: str, value: object) -> None:

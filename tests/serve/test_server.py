@@ -100,7 +100,7 @@ def test_a_full_queue_says_when_to_come_back(small: SimpleNamespace) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"max_token": 3}, "^max_token: unknown field"), ({"bits": 2.5}, "bits is 2.5, expected a whole number from 2 to 8"),
+        ({"max_token": 3}, "^max_token: unknown field"), ({"bits": 2.5}, "bits is 2.5, expected a whole number, since the model has no width router"),
         ({"bits": 9}, "^bits: .*less than or equal to 8"), ({"quality": "best", "bits": 3}, "not both"), ({"quality": "good"}, "quality"),
         ({"prompt": ""}, "prompt is empty"), ({"prompt": []}, "prompt is empty"), ({"prompt": [[]]}, "prompt is empty"),
         ({"prompt": [1, 4096]}, "token 4096"), ({"prompt": "\ud800"}, "not valid Unicode"), ({"prompt": [5] * 2049}, "has 2,049 tokens"),

@@ -90,8 +90,8 @@ class Ledger:
         """float64 [layers, experts]: the share of recent steps that wanted each expert, the latest counting most."""
         self._value_noted()
         # What an expert that every step wants comes to.
-        full = 1 / (1 - 2.0 ** (-self.layers / HALF_LIFE))
-        share: npt.NDArray[np.float64] = np.exp2(self._value[..., 0] - self._now / HALF_LIFE) / full
+        full = 1 / (1 - 2.0 ** (-1 / HALF_LIFE))
+        share: npt.NDArray[np.float64] = np.exp2(self._value[..., 0] - self._now / self._half_life) / full
         return share
 
     def grow(self, layer: int, expert: int, bits: int) -> None:
