@@ -1,5 +1,4 @@
-// One tile of rows at a time, in loops over its 16 rows that compilers vectorise; as feedback.round_columns, operation by
-// operation.
+// One tile of 16 rows at a time, as one vector; as feedback.round_columns, operation by operation.
 #include "feedback.h"
 
 #include <cstring>
@@ -8,6 +7,7 @@
 // One version for each width of registers, chosen when the program is loaded; all give the same bits.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
 #define D2MOE_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#pragma GCC diagnostic ignored "-Wpsabi" // vectors are passed to inline functions only
 #else
 #define D2MOE_CLONES
 #endif
@@ -16,6 +16,17 @@ namespace d2moe {
 namespace {
 
 constexpr int kHalfBits = 4, kHalves = 1 << kHalfBits; // a code is chosen in two halves of four bits
+
+typedef float Floats __attribute__((vector_size(4 * kTileRows)));  // of the rows of a tile; compilers cut it into registers
+typedef int32_t Ints __attribute__((vector_size(4 * kTileRows)));
+#define D2MOE_INLINE inline __attribute__((always_inline))
+
+D2MOE_INLINE Floats load(const float* p) {
+  Floats v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+D2MOE_INLINE void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
 // For each target the value of each half code; the middle of the cell is in the half with the last bit that counts.
 struct Halves {
@@ -40,58 +51,49 @@ struct Halves {
 };
 
 struct Tile {
-  float wanted[kMaxTargets][kTileRows]; // of each target, in units of the step
-  float value[kMaxTargets][kTileRows];  // what the code gives
-  float cost[kTileRows];
-  int32_t code[kTileRows];
+  Floats wanted[kMaxTargets]; // of each target, in units of the step
+  Floats value[kMaxTargets];  // what the code gives
+  Floats cost;
+  Ints code;
 
+  D2MOE_INLINE void reset() {
+    cost = Floats{} + __builtin_inff();
+    code = Ints{};
+  }
   // Keeps candidate n where it costs less than the best so far.
-  inline __attribute__((always_inline)) void offer(int n, const float* cost_of_n) {
-    for (int r = 0; r < kTileRows; ++r) {
-      const bool better = cost_of_n[r] < cost[r];
-      cost[r] = better ? cost_of_n[r] : cost[r];
-      code[r] = better ? n : code[r];
-    }
+  D2MOE_INLINE void offer(int n, Floats cost_of_n) {
+    const Ints better = cost_of_n < cost;
+    cost = better ? cost_of_n : cost;
+    code = better ? Ints{} + n : code;
   }
 
-  inline __attribute__((always_inline)) void choose(const Targets& t, const Halves& v) {
-    float c[kTileRows];
-    const auto reset = [&]() __attribute__((always_inline)) {
-      for (int r = 0; r < kTileRows; ++r) cost[r] = __builtin_inff(), code[r] = 0;
-    };
+  D2MOE_INLINE void choose(const Targets& t, const Halves& v) {
+    const Floats none{};
     reset();
     for (int n = 0; n < kHalves; ++n) {
-      for (int r = 0; r < kTileRows; ++r) c[r] = 0.0f;
+      Floats c{};
       for (int k = 0; k < t.count; ++k) {
-        const float high = v.high[k][n], least = v.least[k], most = v.most[k], weight = t.weight[k];
-        for (int r = 0; r < kTileRows; ++r) {
-          float d = wanted[k][r] - high; // beyond the second half's reach counts only
-          const float below = d - least, above = d - most;
-          d = below < 0.0f ? below : above > 0.0f ? above : 0.0f;
-          c[r] = c[r] + weight * (d * d);
-        }
+        const Floats d = wanted[k] - v.high[k][n], below = d - v.least[k], above = d - v.most[k];
+        const Floats beyond = (below < none ? below : none) + (above > none ? above : none); // the second half's reach
+        c = c + t.weight[k] * (beyond * beyond);
       }
       offer(n, c);
     }
-    int32_t high[kTileRows];
-    std::memcpy(high, code, sizeof high);
+    const Ints high = code;
     for (int k = 0; k < t.count; ++k)
       for (int r = 0; r < kTileRows; ++r) value[k][r] = v.high[k][high[r]];
     reset();
     for (int n = 0; n < kHalves; ++n) {
-      for (int r = 0; r < kTileRows; ++r) c[r] = 0.0f;
+      Floats c{};
       for (int k = v.first_low; k < t.count; ++k) {
-        const float low = v.low[k][n], weight = t.weight[k];
-        for (int r = 0; r < kTileRows; ++r) {
-          const float d = (wanted[k][r] - value[k][r]) - low;
-          c[r] = c[r] + weight * (d * d);
-        }
+        const Floats d = (wanted[k] - value[k]) - v.low[k][n];
+        c = c + t.weight[k] * (d * d);
       }
       offer(n, c);
     }
     for (int k = v.first_low; k < t.count; ++k)
       for (int r = 0; r < kTileRows; ++r) value[k][r] = value[k][r] + v.low[k][code[r]];
-    for (int r = 0; r < kTileRows; ++r) code[r] |= high[r] << kHalfBits;
+    code = code | high << kHalfBits;
   }
 };
 
@@ -109,24 +111,18 @@ void feedback_rows(const Targets& targets, float* t, const float* u, const float
     for (int64_t i = 0; i < targets.count * cols; ++i)
       std::memcpy(own.data() + i * kTileRows, t + i * rows + row, kTileRows * sizeof(float));
     for (int64_t j = 0; j < cols; ++j) {
-      const float *s = step + j * rows + row, *z = zero + j * rows + row;
-      for (int k = 0; k < targets.count; ++k) {
-        const float* w = column(k, j);
-        for (int r = 0; r < kTileRows; ++r) {
-          const float inverse = s[r] > 0.0f ? 1.0f / s[r] : 0.0f;
-          tile.wanted[k][r] = w[r] * inverse + z[r];
-        }
-      }
+      const Floats s = load(step + j * rows + row), z = load(zero + j * rows + row);
+      const Floats inverse = s > 0.0f ? 1.0f / s : Floats{};
+      for (int k = 0; k < targets.count; ++k) tile.wanted[k] = load(column(k, j)) * inverse + z;
       tile.choose(targets, halves);
       for (int r = 0; r < kTileRows; ++r) codes[j * rows + row + r] = s[r] > 0.0f ? uint8_t(tile.code[r]) : uint8_t(0);
       const float diagonal = 1.0f / u[j * cols + j];
       for (int k = 0; k < targets.count; ++k) {
-        float* w = column(k, j);
-        for (int r = 0; r < kTileRows; ++r) w[r] = (w[r] - s[r] * (tile.value[k][r] - z[r])) * diagonal;
+        const Floats error = (load(column(k, j)) - s * (tile.value[k] - z)) * diagonal;
+        store(column(k, j), error);
         for (int64_t later = j + 1; later < cols; ++later) {
           float* y = column(k, later);
-          const float factor = u[j * cols + later];
-          for (int r = 0; r < kTileRows; ++r) y[r] = y[r] - w[r] * factor;
+          store(y, load(y) - error * u[j * cols + later]);
         }
       }
     }

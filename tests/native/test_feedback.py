@@ -77,3 +77,12 @@ def test_hessians_without_inputs_or_rank(rng):
     assert np.isfinite(Feedback(hessian(rng, 64, 3), 64, targets=TARGETS).round(w).losses).all()
     with pytest.raises(ValueError, match="square and finite"):
         Feedback(np.full((64, 64), np.nan, np.float32), 64, targets=TARGETS)
+
+
+@pytest.mark.parametrize("n", [1, 96, 300])
+def test_the_factor_is_that_of_the_inverse(rng, n):
+    h = hessian(rng, n, 4 * n + 8)
+    u = feedback.inverse_factor(h).astype(np.float64)
+    damped = h.astype(np.float64) / (np.trace(h, dtype=np.float64) / n) + feedback.DAMPING * np.eye(n)
+    assert np.array_equal(u, np.triu(u))
+    assert np.abs(u.T @ u @ damped - np.eye(n)).max() < 2e-3
