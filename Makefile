@@ -25,10 +25,12 @@ test-arm:
 	tests/native/arm.sh
 
 # Rebuilds the built-in model from the checkpoint it was made from.
-model: $(VENV)/.installed
+model: $(VENV)/.tested
 	rm -rf src/d2moe/builtin/qwen3moe-14m.d2moe
 	$(BIN)/d2moe convert ../shared/models/qwen3moe-14m src/d2moe/builtin/qwen3moe-14m.d2moe --calibration-tokens 131072 \
 	  --calibration ../shared/data/calibration/exl3_c4.utf8 --calibration ../shared/data/calibration/exl3_wiki.utf8
+	$(BIN)/d2moe route train src/d2moe/builtin/qwen3moe-14m.d2moe --reference ../shared/models/qwen3moe-14m \
+	  --text ../shared/data/calibration/exl3_c4.utf8 --text ../shared/data/calibration/exl3_wiki.utf8
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed, this is " + sys.version'

@@ -106,7 +106,7 @@ def test_keys_and_values_in_bytes_are_close(tokens):
 
 def test_hits_and_bytes_are_counted(tokens):
     with Engine.load(MODEL, EngineConfig(context=256)) as engine:
-        engine.step([Chunk(engine.new_sequence(), tokens, 4)])
+        engine.step([Chunk(engine.new_sequence(), tokens, 4, uniform=True)])
         c = engine.counters.snapshot()
         assert c.read_bytes == c.missing_bytes > 0 and c.average_bits == 4
     with Engine.load(MODEL, EngineConfig(context=256, max_sequences=2)) as engine:

@@ -49,21 +49,22 @@ def test_models(client: OpenAI, alone: Model) -> None:
         complete(client, model="gpt-4")
 
 
-@pytest.mark.parametrize("bits", [2, 3, 8])
-def test_a_completion_is_the_models_own(client: OpenAI, alone: Model, bits: int) -> None:
+@pytest.mark.parametrize("bits", [2, 2.7, 3, 8])
+def test_a_completion_is_the_models_own(client: OpenAI, alone: Model, bits: float) -> None:
     rng = np.random.default_rng()
     values = {"temperature": 0.9, "top_p": 0.9, "seed": int(rng.integers(1000)), "max_tokens": 20}
     expected = alone.generate(STORY, bits=bits, ignore_eos=True, **values)
     done = complete(client, extra_body={"bits": float(bits), "ignore_eos": True}, **values)
     assert done.choices[0].text == expected.text and done.choices[0].finish_reason == "length"
     assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (len(expected.prompt_tokens), 20)
-    assert done.usage.model_extra == {"bits": bits}
+    assert done.usage.model_extra == {"bits": pytest.approx(expected.stats.bits)}
     body = {"bits": bits, "ignore_eos": True}
     streamed = complete(client, stream=True, stream_options={"include_usage": True}, extra_body=body, **values)
     *chunks, last = list(streamed)
     assert "".join(c.choices[0].text for c in chunks) == expected.text
     assert chunks[-1].choices[0].finish_reason == "length" and last.usage.completion_tokens == 20 and not last.choices
-    assert complete(client, extra_body={"quality": "fast"}).usage.model_extra == {"bits": 3}
+    fast, best = (complete(client, extra_body={"quality": name}).usage.model_extra["bits"] for name in ("fast", "best"))
+    assert 2 < fast < 3 < best < 7
 
 
 def test_chat(client: OpenAI, alone: Model) -> None:

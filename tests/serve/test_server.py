@@ -100,7 +100,7 @@ def test_a_full_queue_says_when_to_come_back(small: SimpleNamespace) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"max_token": 3}, "^max_token: unknown field"), ({"bits": 2.5}, "bits is 2.5, expected a whole number, since the model has no width router"),
+        ({"max_token": 3}, "^max_token: unknown field"), ({"bits": 1.5}, "^bits: .*greater than or equal to 2"),
         ({"bits": 9}, "^bits: .*less than or equal to 8"), ({"quality": "best", "bits": 3}, "not both"), ({"quality": "good"}, "quality"),
         ({"prompt": ""}, "prompt is empty"), ({"prompt": []}, "prompt is empty"), ({"prompt": [[]]}, "prompt is empty"),
         ({"prompt": [1, 4096]}, "token 4096"), ({"prompt": "\ud800"}, "not valid Unicode"), ({"prompt": [5] * 2049}, "has 2,049 tokens"),
@@ -175,8 +175,10 @@ def test_memory_goes_down_and_up_while_answers_run(small: SimpleNamespace, alone
 
 def test_the_default_width_can_change(small: SimpleNamespace) -> None:
     assert small.http.post("/admin/defaults", json={"bits": 3}).json()["default_bits"] == 3
-    assert post(small).json()["usage"]["bits"] == 3
-    refused(small.http.post("/admin/defaults", json={"bits": 3.5}), 400, "whole number")
+    narrow = post(small, max_tokens=60).json()["usage"]["bits"]
+    assert small.http.post("/admin/defaults", json={"bits": 6.5}).json()["default_bits"] == 6.5
+    assert narrow < 4 < 5 < post(small, max_tokens=60).json()["usage"]["bits"]
+    refused(small.http.post("/admin/defaults", json={"bits": 9}), 400, "less than or equal to 8")
     assert small.http.post("/admin/defaults", json={"bits": 4}).json()["default_bits"] == 4
     state = small.http.get("/admin/state").json()
     widths = {int(d) for row in state["planes"] for d in row}

@@ -25,7 +25,7 @@ F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 U8 = npt.NDArray[np.uint8]
 
-DAMPING = 0.01
+DAMPING = 0.05
 """Share of the mean diagonal that is added to a Hessian's diagonal; ten times more while it cannot be factored."""
 BLOCK = 128
 """Columns between two updates of all later ones."""
