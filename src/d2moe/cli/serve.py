@@ -42,7 +42,7 @@ def serve(model: str, **options: Any) -> None:
     """Serve MODEL over HTTP, as OpenAI's interface, with a page at /.
 
     MODEL is a converted model's folder, or "builtin". Requests are batched as they come; each may name its own `bits` (2 to 8)
-    or `quality` (fast, balanced, best: 3, 4, 8 bits). With the environment variable D2MOE_API_KEY set, clients must send that
+    or `quality` (fast, balanced, best: 2.5, 3, 5 bits). With the environment variable D2MOE_API_KEY set, clients must send that
     key. Ctrl-C lets running answers end; a second one does not.
 
     \b
