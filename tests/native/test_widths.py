@@ -172,3 +172,12 @@ def test_route_show_reports_every_choice(routed, capsys):
     assert cli.main(["route", "show", str(path), ""]) == 1 and "the text is empty" in capsys.readouterr().err
     assert cli.main(["route", "remove", str(path)]) == 0 and read_router(Container.open(path)) is None
     assert cli.main(["route", "remove", str(path)]) == 1 and "no width router" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [(("--bits", "2.7"), "2.7 bits"), (("--quality", "fast"), "2.5 bits"), (("--bits", "3", "--uniform"), "3 bits")],
+)
+def test_the_dial_on_the_command_line(arguments, shown, capsys):
+    assert cli.main(["run", "builtin", "Once", "--max-tokens", "3", *arguments]) == 0
+    assert shown in capsys.readouterr().err

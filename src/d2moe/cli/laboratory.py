@@ -95,11 +95,11 @@ def _recorded(
             raise RequestError("the text has fewer than two tokens; give a longer one")
         ids = ids[: m.engine.context]
         first = min(prompt_tokens, len(ids) - 1)
-        sequence, bits = m.engine.new_sequence(), m.engine.config.bits
+        sequence, bits, uniform = m.engine.new_sequence(), m.engine.config.bits, m.engine.config.uniform
         try:
-            m.engine.step([Chunk(sequence, ids[:first], bits, "last")])
+            m.engine.step([Chunk(sequence, ids[:first], bits, "last", uniform)])
             for number, token in enumerate(ids[first:]):
-                m.engine.step([Chunk(sequence, [token], bits, "last")])
+                m.engine.step([Chunk(sequence, [token], bits, "last", uniform)])
                 bar(number + 1, len(ids) - first)
         finally:
             sequence.free()

@@ -195,10 +195,10 @@ def _measure_compute(engine: Engine, tokens: list[int], bits: int) -> tuple[tupl
     sequence, recorder = engine.new_sequence(), engine.record(0)
     try:
         before = engine.counters.snapshot()
-        engine.step([Chunk(sequence, tokens[:PROMPT_TOKENS], bits, "last")])
+        engine.step([Chunk(sequence, tokens[:PROMPT_TOKENS], bits, "last", uniform=True)])
         marks = [engine.counters.snapshot()]
         for token in tokens[PROMPT_TOKENS : PROMPT_TOKENS + STEPS]:
-            engine.step([Chunk(sequence, [token], bits, "last")])
+            engine.step([Chunk(sequence, [token], bits, "last", uniform=True)])
             marks.append(engine.counters.snapshot())
     finally:
         sequence.free()

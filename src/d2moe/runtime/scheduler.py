@@ -273,7 +273,7 @@ class Scheduler:
     def _chunk(self, job: Job, n: int) -> Chunk:
         begin = job.fed
         wish: Any = "all" if self._scored(job) else "last" if n == job.due else "none"
-        return Chunk(job.sequence, job.text[begin : begin + n], job.bits, wish)
+        return Chunk(job.sequence, job.text[begin : begin + n], job.bits, wish, self.engine.config.uniform)
 
     def _take(self, job: Job, chunk: Chunk, rows: npt.NDArray[np.float32]) -> None:
         """What a step gave one job."""

@@ -64,7 +64,7 @@ def add_admin(app: FastAPI, service: Service, errors: dict[int | str, dict[str, 
     @app.post("/admin/defaults", response_model=State, responses=refusals)
     async def set_defaults(body: schema.DefaultsRequest) -> dict[str, Any]:
         """Change the width of requests that name none; those under way keep theirs."""
-        service.model.engine.dial(body.bits)
+        service.model.engine.dial(body.bits, service.model.engine.config.uniform)
         service.default_bits = body.bits
         return await state()
 

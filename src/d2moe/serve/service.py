@@ -154,8 +154,9 @@ class Service:
             if above:
                 raise RequestError(f"logit_bias names token {above[0]}, the vocabulary has 0 to {engine.shape.vocab - 1}")
             values["logit_bias"] = biases
-        bits = width_of(body.bits, body.quality, self.default_bits, routed=engine.router is not None)
-        engine.dial(bits)
+        uniform = engine.config.uniform
+        bits = width_of(body.bits, body.quality, self.default_bits, routed=engine.router is not None and not uniform)
+        engine.dial(bits, uniform)
         values |= {"stop": body.stop or (), "ignore_eos": body.ignore_eos, "bits": bits, **scores}
         params = SamplingParams.make({**values, "max_tokens": max(1, limit) if limit is not None else most})
         tokens = [check_prompt(p, engine.shape.vocab, engine.context) for p in prompts]
