@@ -11,7 +11,9 @@ from checkpoints import FAMILIES, tiny_checkpoint
 from test_convert import Counting, tree
 from transformers import AutoModelForCausalLM
 
+from d2moe import cli
 from d2moe.container import Container
+from d2moe.container.inspect import measured_losses
 from d2moe.convert.activations import Activations, Routed, squares
 from d2moe.convert.balance import Balanced
 from d2moe.convert.calibration import Calibration
@@ -130,7 +132,7 @@ def test_interrupted_runs_resume_to_the_same_bytes(family: str, tmp_path: Path, 
     assert tree(tmp_path / "dst") == tree(tmp_path / "whole")
 
 
-def test_losses_are_kept(tmp_path: Path, text: Path) -> None:
+def test_losses_are_kept(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     src = tmp_path / "src"
     tiny_checkpoint("mixtral", src)
     container = Container.open(convert(src, tmp_path / "dst", calibration=Calibration((text,), 1024)))
@@ -139,6 +141,16 @@ def test_losses_are_kept(tmp_path: Path, text: Path) -> None:
         assert losses.shape == (container.experts, 3, 5)
         assert (losses > 0).all() and (np.diff(losses, axis=-1) < 0).mean() > 0.9
         assert container.read_dense(f"optional.tokens.{layer}").sum() == 1024 * 2
+    measured = measured_losses(container)
+    assert measured is not None and measured[0] == (2, 3, 4, 6, 8)
+    tokens, losses = (container.read_dense(f"optional.{name}.0") for name in ("tokens", "losses"))
+    assert np.allclose(measured[1][0], (losses * tokens[:, None, None]).sum(0) / tokens.sum())
+    assert cli.main(["inspect", str(container.path), "--losses"]) == 0
+    shown = capsys.readouterr().out
+    assert "layer 0 gate" in shown and f"{100 * measured[1][0][2, 0]:.3g} %" in shown
+    convert(src, tmp_path / "range")
+    assert cli.main(["inspect", str(tmp_path / "range"), "--losses"]) == 1
+    assert "converted without calibration text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -112,22 +112,42 @@ def convert(
 @click.command()
 @click.argument("model", required=False)
 @click.option("--tensors", is_flag=True, help="List every dense tensor too.")
+@click.option("--losses", is_flag=True, help="What each layer and projection loses at each width, as measured with calibration text.")
 @click.option("--json", "as_json", is_flag=True, help="All of it as one JSON object.")
-def inspect(model: str | None, tensors: bool, as_json: bool) -> None:
+def inspect(model: str | None, tensors: bool, losses: bool, as_json: bool) -> None:
     """Show what is in MODEL, without reading its weights.
 
     \b
     Examples:
       d2moe inspect olmoe.d2moe
       d2moe inspect olmoe.d2moe --json | jq .widths
+      d2moe inspect olmoe.d2moe --losses
     """
     from dataclasses import asdict
 
     from d2moe.container import Container
-    from d2moe.container.inspect import describe
+    from d2moe.container.inspect import describe, measured_losses
+    from d2moe.container.layout import PROJECTIONS
+    from d2moe.errors import RequestError
     from d2moe.runtime.config import show_bytes
 
-    found = describe(Container.open(model_path(model)))
+    container = Container.open(model_path(model))
+    if losses:
+        measured = measured_losses(container)
+        if measured is None:
+            raise RequestError(f"{container.path}: was converted without calibration text; d2moe convert --calibration measures losses")
+        widths, by_layer = measured
+        if as_json:
+            print_json({"widths": widths, "layers": {layer: table.tolist() for layer, table in by_layer.items()}})
+            return
+        table = [
+            (f"layer {layer} {name}", *(f"{100 * loss:.3g} %" for loss in row))
+            for layer, of_layer in by_layer.items()
+            for name, row in zip(PROJECTIONS, of_layer, strict=True)
+        ]
+        print_table("squared error of the outputs, of their own squares", table, ("", *(f"{bits} bits" for bits in widths)))
+        return
+    found = describe(container)
     if as_json:
         print_json(asdict(found))
         return

@@ -1,10 +1,13 @@
-"""What is in a container, as plain numbers for a table or for JSON; reads nothing beyond what `open` has read."""
+"""What is in a container, as plain numbers for a table or for JSON; nothing but the measured losses is read beyond what `open` has read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from d2moe.container.reader import Container
 from d2moe.types import WIDTHS
@@ -64,6 +67,23 @@ class Description:
     dense: tuple[TensorSize, ...]
     source: Mapping[str, Any]
     quantizer: Mapping[str, Any]
+
+
+def measured_losses(container: Container) -> tuple[tuple[int, ...], dict[int, npt.NDArray[np.float64]]] | None:
+    """Widths, and by layer the squared error of the outputs of gate, up and down at each of them, as a share of their own squares,
+    float64 [3, widths]: the mean over experts, each counted as often as the calibration text chose it.
+
+    None if the model was converted without calibration text.
+    """
+    targets = container.manifest.quantizer.get("targets")
+    if not isinstance(targets, dict) or not all(f"optional.losses.{layer}" in container.dense for layer in container.moe_layers):
+        return None
+    found = {}
+    for layer in container.moe_layers:
+        losses = container.read_dense(f"optional.losses.{layer}").astype(np.float64)
+        tokens = container.read_dense(f"optional.tokens.{layer}").astype(np.float64)
+        found[layer] = np.average(losses, axis=0, weights=tokens if tokens.sum() else None)
+    return tuple(int(bits) for bits in targets["experts"]), found
 
 
 def describe(container: Container) -> Description:
