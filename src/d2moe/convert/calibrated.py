@@ -24,7 +24,7 @@ TARGETS = {
     "experts": (Target(2, 8.0), Target(3, 3.0), Target(4, 1.5), Target(6, 0.4), Target(8, 0.05)),
     "dense": (Target(4, 1.0), Target(5, 1.0), Target(6, 0.5), Target(8, 0.2)),
 }
-"""The widths that count. Dense weights are read at one more bit than the experts, at 4 or more."""
+"""The widths that count. Dense weights are read at two more bits than the experts, at 5 or more; 4 is for who asks for it."""
 TIED = 0.1
 """What an embedding's own rows count beside the head's outputs where both are one matrix."""
 
