@@ -48,7 +48,7 @@ class _Conversion:
 @click.option(
     "--calibration-tokens",
     type=click.IntRange(min=1),
-    default=65536,
+    default=32768,
     show_default=True,
     help="Tokens to take of the calibration text, spread over it.",
 )

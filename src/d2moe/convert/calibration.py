@@ -27,7 +27,7 @@ class Calibration:
     """`files` of UTF-8 text, of each of which an equal share of `max_tokens` tokens is taken, evenly spread over the file."""
 
     files: tuple[Path, ...]
-    max_tokens: int = 65536
+    max_tokens: int = 32768
 
     def windows(self, source: ModelSource) -> I32:
         """int32 [windows, length]; ConfigError if a file cannot be read or is too short for one window."""
