@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,7 +141,8 @@ def announce(model: Model) -> None:
         return
     about = engine.describe()
     bits, experts = engine.config.bits, about["budget"]["experts"]
-    whole = len(container.moe_layers) * container.experts * container.record.prefix_bytes(bits)
+    widest = math.ceil(bits)  # of an average that the width router spends, about what is read
+    whole = len(container.moe_layers) * container.experts * container.record.prefix_bytes(widest)
     profile = known_profile(container, engine.config.threads)
     how = "past the page cache" if about["direct"] else "through the page cache"
     why = profile.facts["chosen"]["why"] if profile else f'not measured yet, "d2moe profile {container.path.name}" does'

@@ -55,7 +55,8 @@ IRRELEVANT = frozenset({"attention.layer_norm_epsilon", "rope.scaling.finetuned"
 class Metadata:
     """The keys of a file and the record of which were looked at. `where` is the file named in errors.
 
-    `architecture` is one of ARCHITECTURES or DENSE, `model_type` what it is there. Ignored keys count as absent. Raises ConfigError for files of another kind.
+    `architecture` is one of ARCHITECTURES or DENSE, `model_type` what it is there. Ignored keys count as absent. Raises
+    ConfigError for files of another kind.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str, ignore_keys: Collection[str] = ()):
@@ -146,8 +147,9 @@ def config_from(
 ) -> dict[str, Any]:
     """The config.json of a file with these tensors, {name: shape}. Raises ConfigError.
 
-    `divisors` float32 [head_dim / 2], of the rotary frequencies, are the contents of `rope_freqs.weight`, if it is there. The tensors tell what has no key: the rows of the vocabulary, biases, a head of its own. All layers have experts, or
-    none has: llama.cpp knows no mixed models in these architectures.
+    `divisors` float32 [head_dim / 2], of the rotary frequencies, are the contents of `rope_freqs.weight`, if it is there. The
+    tensors tell what has no key: the rows of the vocabulary, biases, a head of its own. All layers have experts, or none
+    has: llama.cpp knows no mixed models in these architectures.
     """
     hidden, heads, layers = m.integer("embedding_length"), m.integer("attention.head_count"), m.integer("block_count")
     if layers > len(tensors):

@@ -229,7 +229,7 @@ def sparse_layers(c: Config, layers: int) -> tuple[int, ...]:
     if not moe:
         raise ConfigError(
             f"{c.where}: decoder_sparse_step {step} and mlp_only_layers {dense} leave no layer with experts; "
-            "d2moe runs mixture-of-experts models only"
+            "expected at least one for this model_type"
         )
     return moe
 
