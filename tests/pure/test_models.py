@@ -138,6 +138,8 @@ def test_llama() -> None:
     assert (s.qkv_bias, s.o_bias, s.head_dim, s.tied_embeddings) == (True, True, 64, True)
     s = shape(LLAMA, remove=("bos_token_id", "eos_token_id", "num_key_value_heads", "rope_scaling", "rope_theta"))
     assert (s.bos_id, s.eos_ids, s.kv_heads, s.rope) == (1, (2,), 32, RopeShape(1e4))
+    assert shape(LLAMA, is_llama_config=True, rope_interleaved=False) == shape(LLAMA)  # of SmolLM
+    assert "rope_interleaved is True" in refusal(LLAMA, rope_interleaved=True)
     assert "mlp_bias is True, only false is supported" in refusal(LLAMA, mlp_bias=True)
     assert "unknown keys num_experts_per_tok, num_local_experts" in refusal(LLAMA, num_local_experts=8, num_experts_per_tok=2)
 

@@ -141,14 +141,13 @@ def announce(model: Model) -> None:
         return
     about = engine.describe()
     bits, experts = engine.config.bits, about["budget"]["experts"]
-    widest = math.ceil(bits)  # of an average that the width router spends, about what is read
-    whole = len(container.moe_layers) * container.experts * container.record.prefix_bytes(widest)
+    whole = len(container.moe_layers) * container.experts * container.record.prefix_bytes(math.ceil(bits))
     profile = known_profile(container, engine.config.threads)
     how = "past the page cache" if about["direct"] else "through the page cache"
     why = profile.facts["chosen"]["why"] if profile else f'not measured yet, "d2moe profile {container.path.name}" does'
     fits = "all experts fit" if experts >= whole else f"{show_bytes(experts)} for {show_bytes(whole)} of experts"
     click.echo(
-        f"{container.path.name}: {bits} bits, {fits}; kernels {about['kernels']}, {about['threads']} threads; policy {about['policy']}; "
+        f"{container.path.name}: {bits:g} bits, {fits}; kernels {about['kernels']}, {about['threads']} threads; policy {about['policy']}; "
         f"reads {how}, {about['read_depth']} in flight ({why})",
         err=True,
     )

@@ -212,12 +212,9 @@ def _llama3(m: Metadata, head_dim: int, divisors: npt.NDArray[np.float32]) -> di
     theta, factor = m.number("rope.freq_base"), float(divisors.max())
     if not 1 <= factor < 1e9:
         return None
-    plain = RopeShape(theta)
-    scaled = RopeShape(
-        theta, "llama3", factor, LLAMA3["original_max_position_embeddings"],
-        low_freq_factor=LLAMA3["low_freq_factor"], high_freq_factor=LLAMA3["high_freq_factor"],
-    )  # fmt: skip
-    expected = inverse_frequencies(plain, head_dim) / inverse_frequencies(scaled, head_dim)
+    context, low, high = LLAMA3["original_max_position_embeddings"], LLAMA3["low_freq_factor"], LLAMA3["high_freq_factor"]
+    scaled = RopeShape(theta, "llama3", factor, int(context), low_freq_factor=low, high_freq_factor=high)
+    expected = inverse_frequencies(RopeShape(theta), head_dim) / inverse_frequencies(scaled, head_dim)
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
         return None
     return {"rope_type": "llama3", "factor": factor, **LLAMA3}

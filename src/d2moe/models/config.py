@@ -31,7 +31,7 @@ IRRELEVANT = frozenset(
         "return_dict_in_generate", "router_aux_loss_coef", "router_jitter_noise", "sep_token_id", "suppress_tokens",
         "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k",
         "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p", "unsloth_fixed",
-        "unsloth_version", "use_bfloat16", "use_cache",
+        "transformers.js_config", "is_llama_config", "unsloth_version", "use_bfloat16", "use_cache",
     }
 )
 # fmt: on
@@ -46,6 +46,7 @@ NEUTRAL: dict[str, Any] = {
     "partial_rotary_factor": 1,
     "qkv_bias": False,
     "quantization_config": None,
+    "rope_interleaved": False,
     "shared_expert_intermediate_size": 0,
     "sliding_window": None,
     "use_sliding_window": False,

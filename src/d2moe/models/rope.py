@@ -1,7 +1,8 @@
 """Rotary position embedding: which variants are supported, and their frequencies, as transformers computes them.
 
 Variants: "default"; "linear" (positions divided by a factor); "yarn" (arXiv 2309.00071, with the attention factor of
-DeepSeek's mscale); "llama3" (of Llama 3.1). Those that change with the length of the prompt (dynamic, longrope) and the rest are refused.
+DeepSeek's mscale); "llama3" (of Llama 3.1). Those that change with the length of the prompt (dynamic, longrope) and the
+rest are refused.
 """
 
 from __future__ import annotations
