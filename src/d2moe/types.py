@@ -21,7 +21,7 @@ ALIGN_BYTES = 4096
 
 @dataclass(frozen=True)
 class RopeShape:
-    """Rotary position embedding: `kind` is "default", "linear" or "yarn"; see `d2moe.models.rope`."""
+    """Rotary position embedding: `kind` is "default", "linear", "yarn" or "llama3"; see `d2moe.models.rope`."""
 
     theta: float
     kind: str = "default"
@@ -33,6 +33,8 @@ class RopeShape:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import pytest
 import d2moe
 from d2moe.cli.shared import announce, open_model
 from d2moe.container import Container
+from d2moe.convert.synthetic import synthesise
 from d2moe.errors import ConfigError
 from d2moe.evaluate import profile as profiling
 from d2moe.policy import POLICIES
@@ -150,3 +151,30 @@ def test_the_timeline_says_what_the_counters_say(tokens, tmp_path):
         Engine.load(MODEL, EngineConfig(context=64, timeline=str(tmp_path / "no" / "x.json")))
     with pytest.raises(ConfigError, match="the NumPy twin has no timeline"):
         Engine.load(MODEL, EngineConfig(context=64, kernels="reference", timeline=str(path)))
+
+
+DENSE = {
+    "model_type": "llama", "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 10,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+    "eos_token_id": None,
+}  # fmt: skip
+
+
+def test_a_dense_model_keeps_what_fits(tokens, tmp_path):
+    """Its blocks take turns, so the one used last is wanted last: by recency nothing would ever be found in memory."""
+    model = synthesise(tmp_path / "dense", DENSE, MODEL / "tokenizer.json")
+    record = Container.open(model).record
+    memory = 5 * record.prefix_bytes(4)
+    hits, rows = {}, {}
+    for policy in ("hebf", "lru"):
+        with Engine.load(model, EngineConfig(expert_memory_bytes=memory, policy=policy, context=256)) as engine:
+            recorder, sequence = engine.record(), engine.new_sequence()
+            steps = [tokens[:20], *np.split(tokens[20:60], 40)]
+            rows[policy] = np.concatenate([engine.step([Chunk(sequence, part, 4, "last")]) for part in steps])
+            found, trace = engine.counters.snapshot(), recorder.trace()
+        expected = simulate(trace, DEVICE, memory, policy=policy).total
+        assert (found.read_bytes, found.hit_rate) == (expected.read_bytes, expected.hit_rate)
+        hits[policy] = found.hit_rate
+    best = simulate(trace, DEVICE, memory, policy="belady").total.hit_rate
+    assert hits["lru"] == 0 and best - 0.06 < hits["hebf"] and best > 0.3
+    assert np.array_equal(rows["hebf"], rows["lru"])

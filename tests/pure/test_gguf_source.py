@@ -144,6 +144,29 @@ def test_widths_of_old_files(tmp_path: Path) -> None:
     assert (shape.expert_inner, shape.shared_inner) == (256, 512)
 
 
+def test_dense_models(tmp_path: Path) -> None:
+    """Their blocks are one expert each; the whole of the weights is compared in tests/torch/test_gguf.py."""
+    none: Keys = {}
+    for layer in range(LAYERS):
+        none |= {f"blk.{layer}.ffn_{p}_exps.weight": None for p in ("gate", "up", "down")}
+        none |= {f"blk.{layer}.ffn_{p}.weight": RNG.normal(size=(INNER, HIDDEN)).astype(np.float32) for p in ("gate", "up", "down")}
+        none[f"blk.{layer}.ffn_gate_inp.weight"] = None
+    keys = {"llama.expert_count": None, "llama.expert_used_count": None}
+    write(tmp_path / "m.gguf", "llama", RNG, keys=keys, tensors=none)
+    with open_source(tmp_path / "m.gguf") as model:
+        shape = model.shape
+        assert (shape.model_type, shape.experts, shape.top_k, shape.expert_inner) == ("llama", 1, 1, INNER)
+        assert shape.moe_layers == (0, 1) and shape.rope == RopeShape(1e6)
+        assert not model.read_dense("layers.1.router").any() and model.weights("layers.1.router") == 0
+        assert np.array_equal(dict(model.read_expert(1, 0))["up"], none["blk.1.ffn_up.weight"])
+    window = {"llama.attention.sliding_window": 64}
+    with pytest.raises(ConfigError, match=r"sliding_window is 64"):
+        shape_of(tmp_path, "llama", keys | window, none)
+    rope = np.full(HEAD_DIM // 2, np.nan, np.float32)
+    with pytest.raises(CheckpointError, match="scales the rotary"):
+        shape_of(tmp_path, "llama", keys, none | {"rope_freqs.weight": rope})
+
+
 def test_biases(tmp_path: Path) -> None:
     bias: Keys = {"blk.0.attn_output.bias": RNG.normal(size=HIDDEN).astype(np.float32)}
     for layer in range(LAYERS):
@@ -156,8 +179,9 @@ def test_biases(tmp_path: Path) -> None:
 
 BAD_KEYS: dict[str, tuple[str, Keys, str]] = {
     "architecture": ("olmoe", {"general.architecture": "gemma"}, "general.architecture is 'gemma', supported are llama"),
-    "no experts": ("llama", {"llama.expert_count": None}, "a model without experts"),
-    "zero experts": ("llama", {"llama.expert_count": 0}, "a model without experts"),
+    "no experts": ("olmoe", {"olmoe.expert_count": None}, "architecture 'olmoe' without experts (olmoe.expert_count), supp"),
+    "zero experts": ("llama", {"llama.expert_count": 0}, "llama.expert_used_count is 2, expected 0, as there are no exp"),
+    "dense experts": ("qwen3", {}, "architecture 'qwen3' with experts (qwen3.expert_count), supported so are llama, olmoe"),
     "split": ("olmoe", {"split.count": 3, "split.no": 0}, "split into 3 files; join them with llama-gguf-split --merge"),
     "adapter": ("olmoe", {"general.type": "adapter"}, "general.type is 'adapter', expected 'model'"),
     "layers": ("olmoe", {"olmoe.block_count": None}, "olmoe.block_count is missing, expected a whole number"),
@@ -224,6 +248,7 @@ BAD_TENSORS: dict[str, tuple[str, Keys, str]] = {
         "has no tensor 'blk.1.ffn_gate_inp.weight'",
     ),
     "scaled rope": ("llama", {"rope_freqs.weight": (HEAD_DIM // 2,)}, "'rope_freqs.weight' scales the rotary"),
+    "rope of another size": ("llama", {"rope_freqs.weight": (2, HEAD_DIM)}, "'rope_freqs.weight' scales the rotary"),
     "leftover": ("qwen3moe", {"blk.0.attn_v.bias_2": (9,)}, "'blk.0.attn_v.bias_2' is not part of the qwen3_moe"),
     "a bias too many": ("llama", {"blk.0.attn_q.bias": (160,)}, "'blk.0.attn_q.bias' is not part of the mixtral"),
     "no vocabulary": ("llama", {"token_embd.weight": None}, "has no matrix 'token_embd.weight'"),

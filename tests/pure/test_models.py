@@ -1,4 +1,4 @@
-"""Reading config.json: the four families in old and new spelling, and everything that is refused."""
+"""Reading config.json: the families in old and new spelling, and everything that is refused."""
 
 from __future__ import annotations
 
@@ -55,7 +55,29 @@ QWEN2: dict[str, Any] = {
     "torch_dtype": "bfloat16", "transformers_version": "4.39.0.dev0", "use_cache": True, "use_sliding_window": False,
     "vocab_size": 151936,
 }  # fmt: skip
-ALL = (QWEN3_CODER, OLMOE, MIXTRAL, QWEN2)
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+    "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama",
+    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05, "rope_scaling": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.42.3", "use_cache": True, "vocab_size": 128256,
+}  # fmt: skip
+QWEN3: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
+    "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024, "initializer_range": 0.02,
+    "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3",
+    "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
+    "vocab_size": 151936,
+}  # fmt: skip
+ALL = (QWEN3_CODER, OLMOE, MIXTRAL, QWEN2, LLAMA, QWEN3)
+DENSE = (LLAMA, QWEN3)
 
 
 def shape(
@@ -102,6 +124,38 @@ def test_qwen2_moe() -> None:
     assert (s.qkv_bias, s.o_bias, s.shared_inner, s.expert_inner) == (True, False, 5632, 1408)
     assert (s.windows, s.dense_inner) == ((0,) * 24, 0)
     assert shape(QWEN2, qkv_bias=False).qkv_bias is False
+
+
+def test_llama() -> None:
+    s = shape(LLAMA)
+    rope = RopeShape(5e5, "llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
+    assert s == ModelShape(
+        model_type="llama", vocab=128256, hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, context=131072,
+        rms_eps=1e-5, rope=rope, experts=1, top_k=1, expert_inner=14336, norm_top_k=True, moe_layers=tuple(range(32)),
+        windows=(0,) * 32, bos_id=128000, eos_ids=(128001, 128008, 128009),
+    )  # fmt: skip
+    s = shape(LLAMA, attention_bias=True, head_dim=64, tie_word_embeddings=True)
+    assert (s.qkv_bias, s.o_bias, s.head_dim, s.tied_embeddings) == (True, True, 64, True)
+    s = shape(LLAMA, remove=("bos_token_id", "eos_token_id", "num_key_value_heads", "rope_scaling", "rope_theta"))
+    assert (s.bos_id, s.eos_ids, s.kv_heads, s.rope) == (1, (2,), 32, RopeShape(1e4))
+    assert shape(LLAMA, is_llama_config=True, rope_interleaved=False) == shape(LLAMA)  # of SmolLM
+    assert "rope_interleaved is True" in refusal(LLAMA, rope_interleaved=True)
+    assert "mlp_bias is True, only false is supported" in refusal(LLAMA, mlp_bias=True)
+    assert "unknown keys num_experts_per_tok, num_local_experts" in refusal(LLAMA, num_local_experts=8, num_experts_per_tok=2)
+
+
+def test_qwen3() -> None:
+    s = shape(QWEN3)
+    assert (s.experts, s.top_k, s.expert_inner, s.qk_norm, s.qkv_bias) == (1, 1, 3072, "head", False)
+    assert (s.moe_layers, s.windows, s.tied_embeddings) == (tuple(range(28)), (0,) * 28, True)
+    assert "head_dim is missing" in refusal(QWEN3, remove=("head_dim",))
+    on = {"use_sliding_window": True, "num_hidden_layers": 4, "max_window_layers": 3}
+    assert shape(QWEN3, sliding_window=64, **on).windows == (0, 0, 0, 64)
+    assert shape(QWEN3, remove=("sliding_window",), **on).windows == (0, 0, 0, 4096)
+    assert shape(QWEN3, **on).windows == (0,) * 4  # null is no window
+    kinds = ["sliding_attention", "full_attention"] * 2
+    assert shape(QWEN3, sliding_window=64, layer_types=kinds, **on).windows == (64, 0) * 2
+    assert "sliding_window is None, expected a number of tokens" in refusal(QWEN3, layer_types=kinds, **on)
 
 
 def test_defaults_of_absent_keys_are_the_familys() -> None:
@@ -184,7 +238,9 @@ def test_unknown_keys_are_errors_with_a_way_out(base: dict[str, Any]) -> None:
     ],
 )  # fmt: skip
 def test_refused_values(base: dict[str, Any], change: dict[str, Any], said: str) -> None:
-    if base is OLMOE or base is MIXTRAL:
+    if base in DENSE and ("num_experts" in change or "num_experts_per_tok" in change):
+        said = "unknown key"
+    if base not in (QWEN3_CODER, QWEN2):
         change = {key: value for key, value in change.items() if key != "moe_intermediate_size"}
     assert said in refusal(base, **change)
 
@@ -203,9 +259,9 @@ def test_refused_for_one_family() -> None:
 
 def test_unknown_model_type() -> None:
     with pytest.raises(
-        ConfigError, match=r"^x: model_type is 'llama', supported are mixtral, olmoe, qwen2_moe, qwen3_moe$"
+        ConfigError, match=r"^x: model_type is 'gpt2', supported are mixtral, olmoe, qwen2_moe, qwen3_moe, llama, qwen3$"
     ):
-        family("llama", "x")
+        family("gpt2", "x")
     with pytest.raises(ConfigError, match="model_type is missing"):
         shape_from_config({}, "x")
     with pytest.raises(ConfigError, match="holds a JSON list"):
@@ -250,8 +306,13 @@ def test_yarn_reaches_further() -> None:
 @pytest.mark.parametrize(
     ("scaling", "said"),
     [
-        ({"type": "dynamic", "factor": 2.0}, "rope_type 'dynamic', supported are default, linear, yarn"),
-        ({"rope_type": "llama3", "factor": 8.0}, "rope_type 'llama3'"),
+        ({"type": "dynamic", "factor": 2.0}, "rope_type 'dynamic', supported are default, linear, yarn, llama3"),
+        ({"rope_type": "llama3", "low_freq_factor": 1, "high_freq_factor": 4}, "rope_type 'llama3' and no factor"),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1}, "rope_type 'llama3' and no high_freq_factor"),
+        (
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 4.0},
+            "high_freq_factor 4, expected more than low_freq_factor, 4",
+        ),
         ({"rope_type": "longrope"}, "rope_type 'longrope'"),
         ({"rope_type": ["yarn"]}, "rope_type ['yarn']"),
         ({"rope_type": "linear"}, "no factor"),
@@ -298,11 +359,17 @@ def test_source_names(base: dict[str, Any]) -> None:
     s = shape(base)
     names = family(s.model_type).source_names(s)
     assert names.dense["embed"].shape == (s.vocab, s.hidden)
-    assert names.dense["head"].names == ("lm_head.weight",)
+    assert ("head" in names.dense) != s.tied_embeddings
+    assert s.tied_embeddings or names.dense["head"].names == ("lm_head.weight",)
     assert names.dense["layers.0.router"].shape == (s.experts, s.hidden)
     assert ("layers.0.attn.q_bias" in names.dense) == s.qkv_bias
     assert ("layers.0.attn.q_norm" in names.dense) == (s.qk_norm != "none")
     assert ("layers.0.shared.mix" in names.dense) == (s.shared_inner > 0)
+    if base in DENSE:
+        stem = "model.layers.5.mlp"
+        assert names.expert(5, 0) == [tuple(f"{stem}.{part}_proj.weight" for part in ("gate", "up", "down"))]
+        assert not names.fused(5) and not names.dense["layers.5.router"].names
+        return
     gates = [gate for gate, _, _ in names.expert(5, 3)]
     if s.model_type == "mixtral":
         assert gates[0] == "model.layers.5.block_sparse_moe.experts.3.w1.weight"
@@ -327,11 +394,15 @@ JSON = st.recursive(
     | st.integers(-3, 70_000)
     | st.just(10**400)
     | st.floats()
-    | st.sampled_from(["silu", "yarn", "linear", ""]),
+    | st.sampled_from(["silu", "yarn", "linear", "llama3", ""]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["rope_type", "type", "factor", "rope_theta", "truncate", "x"]), inner, max_size=4
+            st.sampled_from(
+                ["rope_type", "type", "factor", "rope_theta", "truncate", "low_freq_factor", "high_freq_factor", "x"]
+            ),
+            inner,
+            max_size=5,
         )
     ),
     max_leaves=5,

@@ -16,7 +16,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-FAMILIES = ("qwen3_moe", "olmoe", "mixtral", "qwen2_moe")
+FAMILIES = ("qwen3_moe", "olmoe", "mixtral", "qwen2_moe", "llama", "qwen3")
+DENSE = ("llama", "qwen3")
 LAYOUTS = ("separate", "fused")
 Edit = Callable[[dict[str, torch.Tensor]], None]
 
@@ -69,7 +70,20 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3,
         "mlp_only_layers": [0],
     },
-}
+    "llama": {
+        "hidden_size": 96,
+        "intermediate_size": 200,
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 5e3, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+    },
+    "qwen3": {
+        "hidden_size": 128,
+        "head_dim": 40,
+        "intermediate_size": 168,
+    },
+}  # fmt: skip
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:

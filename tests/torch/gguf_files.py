@@ -1,12 +1,13 @@
 """GGUF files of Hugging Face checkpoints, as llama.cpp's converter writes them, for tests.
 
-Names come from gguf's own map. Like the converter it stacks the experts of a layer, orders the rows of Mixtral's queries
-and keys for llama.cpp's rotary embedding, and stores norms, biases and routers as float32.
+Names come from gguf's own map. Like the converter it stacks the experts of a layer, orders the rows of Mixtral's and
+Llama's queries and keys for llama.cpp's rotary embedding, and stores norms, biases and routers as float32.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -24,6 +25,8 @@ ARCHITECTURES = {
     "olmoe": gguf.MODEL_ARCH.OLMOE,
     "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE,
     "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
 }
 Array = np.ndarray[Any, Any]
 
@@ -35,6 +38,23 @@ def permute(w: Array, heads: int) -> Array:
 
 def unpermute(w: Array, heads: int) -> Array:
     return w.reshape(heads, len(w) // heads // 2, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+
+
+def llama3_divisors(config: dict[str, Any]) -> Array:
+    """LlamaModel.generate_extra_tensors of llama.cpp's conversion/llama.py."""
+    rope, dim = config["rope_parameters"], config["head_dim"]
+    low, high, context = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
+    out = []
+    for freq in 1.0 / (rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)):
+        wavelength = 2 * math.pi / freq
+        if wavelength < context / high:
+            out.append(1.0)
+        elif wavelength > context / low:
+            out.append(rope["factor"])
+        else:
+            smooth = (context / wavelength - low) / (high - low)
+            out.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return np.array(out, np.float32)
 
 
 def stacked(tensors: dict[str, Array]) -> dict[str, Array]:
@@ -69,9 +89,11 @@ def write_gguf(
     _add_metadata(writer, config, family)
     for key, value in (keys or {}).items():
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    if config["rope_parameters"]["rope_type"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", llama3_divisors(config))
     drawn: dict[str, Array] = {}
     for name, values in stacked(saved).items():
-        role = next((role for role in heads if f".{role}." in name), None) if family == "mixtral" else None
+        role = next((role for role in heads if f".{role}." in name), None) if arch == gguf.MODEL_ARCH.LLAMA else None
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert target, name
         values = np.squeeze(values)
@@ -128,16 +150,17 @@ def _add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], family: str) 
             if rope.get(key) is not None:
                 getattr(writer, f"add_rope_scaling_yarn_{add}")(rope[key])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_expert_count(config.get("num_local_experts") or config["num_experts"])
-    writer.add_expert_used_count(config["num_experts_per_tok"])
+    if "num_experts_per_tok" in config:
+        writer.add_expert_count(config.get("num_local_experts") or config["num_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
     if config.get("head_dim") is not None:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
-    if family == "mixtral":
+    if family in ("mixtral", "llama"):
         writer.add_vocab_size(config["vocab_size"])
         size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         writer.add_rope_dimension_count(size)
-    if family.startswith("qwen"):
+    if "moe_intermediate_size" in config:
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     if family == "qwen2_moe":
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])

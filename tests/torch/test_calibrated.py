@@ -87,6 +87,26 @@ def test_experts_that_few_tokens_chose_see_the_nearest_others(tmp_path: Path) ->
     assert np.allclose(found, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 
+def test_an_expert_that_sees_many_tokens_sees_them_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the one expert of a dense model does: what all of them take at once would be more than the model."""
+    tiny_checkpoint("llama", tmp_path)
+    tokens = np.random.default_rng().integers(0, 256, (2, 30)).astype(np.int32)
+    found = []
+    with open_source(tmp_path) as source:
+        parts = dict(source.read_expert(0, 0))
+        for chunk in (1 << 26, 4 * source.shape.expert_inner * 7):
+            activations = Activations(source, tokens)
+            activations.attend(0)
+            routed = Routed(activations, 0, activations.normed(0), least=1)
+            assert routed.tokens.tolist() == [60]
+            monkeypatch.setattr("d2moe.convert.activations.CHUNK_BYTES", chunk)
+            hessians = routed.pass_on(0, **parts)
+            assert hessians
+            found.append((*hessians, activations.x))
+    for whole, pieces in zip(*found, strict=True):
+        assert np.allclose(whole, pieces, rtol=1e-4, atol=1e-5 * np.abs(whole).max())
+
+
 def divergence(model: Path, expected: torch.Tensor, tokens: np.ndarray, bits: int) -> float:
     """Mean KL divergence of an engine's next tokens from float log-probabilities."""
     engine = Engine.load(model, EngineConfig(bits=bits, dense_bits=8, memory_bytes=10**9))
@@ -114,12 +134,12 @@ def test_less_is_lost_than_by_rounding_to_the_nearest(tmp_path: Path, text: Path
         assert lost[0] < lost[1]
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "olmoe"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "olmoe", "llama"])
 def test_interrupted_runs_resume_to_the_same_bytes(family: str, tmp_path: Path, text: Path) -> None:
     src, calibration = tmp_path / "src", Calibration((text,), 1024)
     tiny_checkpoint(family, src, num_hidden_layers=2)
     convert(src, tmp_path / "whole", calibration=calibration)
-    for stop in (2, 20, 3):  # before the first layer, within experts, in the layer after
+    for stop in (2, 20 if family != "llama" else 8, 3):  # before the first layer, within experts, in the layer after
         with pytest.raises(KeyboardInterrupt):
             convert(src, tmp_path / "dst", calibration=calibration, progress=Counting(stop))
     with pytest.raises(ContainerError, match=r"was begun with other facts: quantizer\.calibration\.sha256"):

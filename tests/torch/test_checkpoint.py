@@ -50,6 +50,14 @@ def refusal(path: Path, error: type[D2MoeError] = CheckpointError) -> str:
             "truncate": False, "beta_fast": 16, "beta_slow": 2,
         },
         {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "attention_factor": 1.3},
+        {
+            "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        {
+            "rope_type": "llama3", "rope_theta": 1e4, "factor": 32.0, "low_freq_factor": 2, "high_freq_factor": 2.5,
+            "original_max_position_embeddings": 256,
+        },
     ],
 )  # fmt: skip
 def test_rope_is_that_of_transformers(parameters: dict[str, Any], head_dim: int) -> None:
@@ -69,10 +77,11 @@ def test_old_and_new_spelling_give_one_shape(family: str, tmp_path: Path) -> Non
     old = dict(new)
     parameters = old.pop("rope_parameters")
     old |= {"rope_theta": parameters["rope_theta"], "rope_scaling": None, "torch_dtype": old.pop("dtype")}
+    if parameters["rope_type"] != "default":
+        old["rope_scaling"] = {"type" if key == "rope_type" else key: v for key, v in parameters.items() if key != "rope_theta"}
     for key in ("num_experts", "num_local_experts"):
         if key in old:
-            experts = old.pop(key)
-    old["num_local_experts" if family == "mixtral" else "num_experts"] = experts
+            old["num_local_experts" if family == "mixtral" else "num_experts"] = old.pop(key)
     assert shape_from_config(old, "old") == shape_from_config(new, "new")
 
 
@@ -118,8 +127,8 @@ def test_missing_or_broken_tokenizer(single: Path, tmp_path: Path) -> None:
 
 def test_broken_config(single: Path, tmp_path: Path) -> None:
     path = copy(single, tmp_path / "a")
-    edit_json(path / "config.json", lambda c: c.update(model_type="llama"))
-    assert "model_type is 'llama'" in refusal(path, ConfigError)
+    edit_json(path / "config.json", lambda c: c.update(model_type="gpt2"))
+    assert "model_type is 'gpt2'" in refusal(path, ConfigError)
     edit_json(path / "config.json", lambda c: c.update(model_type="qwen2_moe", magic=1))
     assert f"{path / 'config.json'}: unknown key magic" in refusal(path, ConfigError)
     Checkpoint.open(path, ignore_config_keys=["magic"]).close()

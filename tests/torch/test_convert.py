@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import (
+    DENSE,
     FAMILIES,
     LAYOUTS,
     copy,
@@ -42,6 +43,14 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("single")
     tiny_checkpoint("qwen2_moe", path, num_hidden_layers=2)
     return path
+
+
+@pytest.fixture(scope="module", params=["qwen2_moe", "llama"])
+def sparse_or_dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A checkpoint, and what is converted of it last."""
+    path = tmp_path_factory.mktemp(request.param)
+    tiny_checkpoint(request.param, path, num_hidden_layers=2)
+    return path, "layer 1 expert 5" if request.param == "qwen2_moe" else "layer 1 expert 0"
 
 
 # --- what comes out ---
@@ -93,6 +102,12 @@ def check_container(path: Path, model: Any) -> None:
         for part in ("q_norm", "k_norm"):
             if hasattr(layer.self_attn, part):
                 plain(f"{name}.attn.{part}", getattr(layer.self_attn, part).weight)
+        if model.config.model_type in DENSE:  # the block is the one expert, and its router zeros
+            plain(f"{name}.router", torch.zeros(1, model.config.hidden_size))
+            stored = container.read_expert(index, 0, 8)
+            for part in ("gate", "up", "down"):
+                check_matrix(getattr(layer.mlp, f"{part}_proj").weight.detach().numpy(), stored[part])
+            continue
         if not hasattr(layer.mlp, "experts"):
             block(f"{name}.mlp", layer.mlp)
             continue
@@ -266,13 +281,14 @@ class Counting:
             raise KeyboardInterrupt
 
 
-def test_progress_counts_every_weight(single: Path, tmp_path: Path) -> None:
+def test_progress_counts_every_weight(sparse_or_dense: tuple[Path, str], tmp_path: Path) -> None:
+    single, last = sparse_or_dense
     counting = Counting()
     convert(single, tmp_path / "dst", progress=counting)
     tensors = load_file(single / "model.safetensors")
     assert counting.total == counting.done == sum(t.numel() for t in tensors.values())
     assert counting.texts[0] == "embed"
-    assert counting.texts[-1] == "layer 1 expert 5"
+    assert counting.texts[-1] == last
 
 
 def test_interrupted_runs_resume_to_the_same_bytes(single: Path, tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ def dequantised(path, model, bits, dense_bits):
     names = family(shape.model_type).source_names(shape)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     for canonical, source in names.dense.items():
+        if not source.names:
+            continue
         target = next(n for n in source.names if n in state)
         if not source.quantized:  # conversion moves factors between norms and columns
             state[target] = torch.from_numpy(container.read_dense(canonical).copy()).reshape(source.shape)
@@ -50,6 +52,11 @@ def dequantised(path, model, bits, dense_bits):
         state[target] = values(container.read_nested(canonical, dense_bits), dense_bits, *source.shape)
     record = container.record
     for layer in container.moe_layers:
+        if names.is_dense:
+            parts = container.read_expert(layer, 0, bits)
+            for target, part in zip(names.expert(layer, 0)[0], PROJECTIONS, strict=True):
+                state[target] = values(parts[part], bits, record.matrix(part).rows, record.matrix(part).cols)
+            continue
         prefix = next(k for k in state if k.startswith(f"model.layers.{layer}.") and k.endswith("experts.gate_up_proj"))
         for expert in range(container.experts):
             parts = container.read_expert(layer, expert, bits)

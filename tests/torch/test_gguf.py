@@ -37,14 +37,22 @@ def check_same(src: Path, file: Path, dst: Path) -> None:
     assert source["name"] == file.stem and source["model_type"] == shapes[0].model_type
 
 
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
 def made(
     family: str, path: Path, dtype: str, kind: Kind, quantized: bool = False, **overrides: Any
 ) -> tuple[Path, Path]:
     """A fresh tiny checkpoint and its GGUF file."""
     src, file = path / "src", path / "file" / "m.gguf"
     file.parent.mkdir()
-    if family.startswith("qwen"):  # llama.cpp knows no dense layers in these
+    if family.endswith("_moe"):  # llama.cpp knows no dense layers in these
         overrides = {"mlp_only_layers": [], **overrides}
+    if family == "llama":  # the file has what comes of these numbers, but not the numbers
+        overrides = {"rope_parameters": LLAMA3, **overrides}
     tiny_checkpoint(family, src, dtype=dtype, seed=int(RNG.integers(1 << 31)), **overrides)
     clip = json.loads((src / "config.json").read_text()).get("clip_qkv")
     keys = {} if clip is None else {"olmoe.attention.clamp_kqv": clip}
@@ -66,6 +74,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "heads of 40": ("mixtral", {"head_dim": 40, "num_key_value_heads": 4}),
     "biases": ("qwen3_moe", {"attention_bias": True}),
     "biases everywhere": ("olmoe", {"attention_bias": True}),
+    "a biased llama": ("llama", {"attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    "tied dense": ("qwen3", {"tie_word_embeddings": True}),
     "no biases": ("qwen2_moe", {"qkv_bias": False}),
     "linear": ("olmoe", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.5}}),
     "yarn": (
@@ -95,6 +105,8 @@ WIDE: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 512,
     },
     "qwen3_moe": {"hidden_size": 256, "head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 256},
+    "llama": {"hidden_size": 256, "intermediate_size": 512},
+    "qwen3": {"hidden_size": 256, "head_dim": 64, "intermediate_size": 256},
 }  # fmt: skip
 """Rows of whole blocks."""
 

@@ -86,6 +86,7 @@ def convert(
       d2moe convert ~/models/OLMoE-1B-7B-0924 olmoe.d2moe --calibration wiki.txt --calibration code.txt
       d2moe convert Qwen3-30B-A3B qwen3.d2moe --group 128 --threads 8
       d2moe convert Qwen3-30B-A3B-Q8_0.gguf qwen3.d2moe
+      d2moe convert Llama-3.2-1B llama.d2moe           a dense model: its feed-forward blocks are the experts
     """
     from pathlib import Path
 

@@ -89,7 +89,7 @@ def measured_losses(container: Container) -> tuple[tuple[int, ...], dict[int, np
 def describe(container: Container) -> Description:
     """The description of an open container."""
     manifest, record, config = container.manifest, container.record, container.config
-    found = config.get("num_experts_per_tok")
+    found = config.get("num_experts_per_tok", 1 if container.experts == 1 else None)
     top_k = found if type(found) is int and 0 < found <= container.experts else None
     layers, count = len(container.moe_layers), len(container.moe_layers) * container.experts
     widths = tuple(

@@ -186,14 +186,20 @@ class Routed:
         """Add an expert's output to the residual stream of the tokens that chose it; if asked to `measure`, Hessians of what
         its gate and up meet [hidden, hidden], and of what its down meets [inner, inner]."""
         seen = self._seen(expert)
-        h, g = self._h[seen], self._gates[seen, expert]
-        inner = np.asarray(silu(h @ gate.T) * (h @ up.T), np.float32)
-        chosen = self._chosen[seen, expert]
-        self._activations._flat()[seen[chosen]] += g[chosen, None] * (inner[chosen] @ down.T)
-        if not measure:
-            return None
-        weight = g**2 * self._importance[seen]
-        return squares(h, weight), squares(inner, weight)
+        n_inner, n_hidden = gate.shape
+        into, inner_squares = (np.zeros((n, n) if measure else (0, 0), np.float32) for n in (n_hidden, n_inner))
+        x = self._activations._flat()
+        step = max(1, CHUNK_BYTES // (4 * n_inner))
+        for at in range(0, len(seen), step):
+            part = seen[at : at + step]
+            h, g, chosen = self._h[part], self._gates[part, expert], self._chosen[part, expert]
+            inner = np.asarray(silu(h @ gate.T) * (h @ up.T), np.float32)
+            x[part[chosen]] += g[chosen, None] * (inner[chosen] @ down.T)
+            if measure:
+                weight = g**2 * self._importance[part]
+                into += squares(h, weight)
+                inner_squares += squares(inner, weight)
+        return (into, inner_squares) if measure else None
 
     def _seen(self, expert: int) -> I64:
         if self.tokens[expert] >= self._least:

@@ -11,15 +11,22 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from d2moe.container.files import shown
 from d2moe.errors import ConfigError
+from d2moe.models.rope import inverse_frequencies
+from d2moe.types import RopeShape
 
 ARCHITECTURES = {"llama": "mixtral", "olmoe": "olmoe", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
-"""GGUF architecture → model_type. `llama` is Mixtral where it has experts."""
-TIED = ("llama", "qwen3moe")
+"""GGUF architecture → model_type where there are experts."""
+DENSE = {"llama": "llama", "qwen3": "qwen3"}
+"""GGUF architecture → model_type where there are none."""
+TIED = ("llama", "qwen3moe", "qwen3")
 """Architectures whose head may be missing: it is the embedding then. llama.cpp refuses the others without a head."""
 QWEN = ("qwen2moe", "qwen3moe")
+LLAMA3 = {"original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+"""The rope of all models that Meta published since Llama 3.1, but for its factor."""
 AGAIN = "make it again with a current llama.cpp, or convert the original checkpoint"
 _MISSING: Any = object()
 
@@ -48,7 +55,8 @@ IRRELEVANT = frozenset({"attention.layer_norm_epsilon", "rope.scaling.finetuned"
 class Metadata:
     """The keys of a file and the record of which were looked at. `where` is the file named in errors.
 
-    `architecture` is one of ARCHITECTURES. Ignored keys count as absent. Raises ConfigError for files of another kind.
+    `architecture` is one of ARCHITECTURES or DENSE, `model_type` what it is there. Ignored keys count as absent. Raises
+    ConfigError for files of another kind.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str, ignore_keys: Collection[str] = ()):
@@ -64,17 +72,21 @@ class Metadata:
         if kind != "model":
             raise ConfigError(f"{where}: general.type is {kind!r}, expected 'model'; give the file of the model itself")
         architecture = self._values.get("general.architecture")
-        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES | DENSE:
             found = "missing" if architecture is None else shown(architecture)
             raise ConfigError(
-                f"{where}: general.architecture is {found}, supported are {', '.join(ARCHITECTURES)} with experts"
+                f"{where}: general.architecture is {found}, supported are {', '.join(ARCHITECTURES)} with experts, "
+                f"{', '.join(DENSE)} without"
             )
         self.architecture = architecture
-        if not self.has("expert_count") or not self.integer("expert_count", least=0):
+        self.has_experts = self.integer("expert_count", 0, least=0) > 0
+        table = ARCHITECTURES if self.has_experts else DENSE
+        if architecture not in table:
             raise ConfigError(
-                f"{where}: architecture {self.architecture!r} without {self.full('expert_count')}: a model without "
-                "experts; d2moe runs mixture-of-experts models only"
+                f"{where}: architecture {architecture!r} {'with' if self.has_experts else 'without'} experts "
+                f"({self.full('expert_count')}), supported so are {', '.join(table)}"
             )
+        self.model_type = table[architecture]
 
     def full(self, key: str) -> str:
         """A key with the architecture before it, unless it has a section of its own."""
@@ -130,11 +142,14 @@ class Metadata:
             )
 
 
-def config_from(m: Metadata, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def config_from(
+    m: Metadata, tensors: Mapping[str, tuple[int, ...]], divisors: npt.NDArray[np.float32] | None = None
+) -> dict[str, Any]:
     """The config.json of a file with these tensors, {name: shape}. Raises ConfigError.
 
-    The tensors tell what has no key: the rows of the vocabulary, biases, a head of its own. All layers have experts:
-    llama.cpp knows no dense ones in these architectures.
+    `divisors` float32 [head_dim / 2], of the rotary frequencies, are the contents of `rope_freqs.weight`, if it is there. The
+    tensors tell what has no key: the rows of the vocabulary, biases, a head of its own. All layers have experts, or none
+    has: llama.cpp knows no mixed models in these architectures.
     """
     hidden, heads, layers = m.integer("embedding_length"), m.integer("attention.head_count"), m.integer("block_count")
     if layers > len(tensors):
@@ -144,7 +159,7 @@ def config_from(m: Metadata, tensors: Mapping[str, tuple[int, ...]]) -> dict[str
         if m.integer(key, head_dim) != head_dim:
             raise m.error(key, f"the size of a head, {head_dim}")
     config: dict[str, Any] = {
-        "model_type": ARCHITECTURES[m.architecture],
+        "model_type": m.model_type,
         "vocab_size": _vocabulary(m, tensors),
         "hidden_size": hidden,
         "num_hidden_layers": layers,
@@ -152,14 +167,13 @@ def config_from(m: Metadata, tensors: Mapping[str, tuple[int, ...]]) -> dict[str
         "num_key_value_heads": m.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
-        "num_experts_per_tok": m.integer("expert_used_count"),
         "max_position_embeddings": m.integer("context_length"),
         "rms_norm_eps": m.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": m.number("rope.freq_base"),
-        "rope_scaling": _rope_scaling(m),
+        "rope_scaling": _rope_scaling(m) if divisors is None else _llama3(m, head_dim, divisors),
         "tie_word_embeddings": m.architecture in TIED and "output.weight" not in tensors,
         **_tokens(m),
-        **_experts(m),
+        **(_experts(m) if m.has_experts else _block(m)),
         **_attention(m, tensors, layers),
     }
     m.finish()
@@ -193,6 +207,19 @@ def _rope_scaling(m: Metadata) -> dict[str, Any] | None:
     return {"rope_type": kind, "factor": factor, **{key: value for key, value in given.items() if value is not None}}
 
 
+def _llama3(m: Metadata, head_dim: int, divisors: npt.NDArray[np.float32]) -> dict[str, Any] | None:
+    """The rope scaling that gives these divisors, of which the file does not have the parameters; None if LLAMA3 does not."""
+    theta, factor = m.number("rope.freq_base"), float(divisors.max())
+    if not 1 <= factor < 1e9:
+        return None
+    context, low, high = LLAMA3["original_max_position_embeddings"], LLAMA3["low_freq_factor"], LLAMA3["high_freq_factor"]
+    scaled = RopeShape(theta, "llama3", factor, int(context), low_freq_factor=low, high_freq_factor=high)
+    expected = inverse_frequencies(RopeShape(theta), head_dim) / inverse_frequencies(scaled, head_dim)
+    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
+        return None
+    return {"rope_type": "llama3", "factor": factor, **LLAMA3}
+
+
 def _tokens(m: Metadata) -> dict[str, Any]:
     """All tokens that end an answer; null where the file has none, as an absent key would mean the family's default."""
     is_sentencepiece = m.get("tokenizer.ggml.model") == "llama"
@@ -204,8 +231,19 @@ def _tokens(m: Metadata) -> dict[str, Any]:
     }
 
 
+def _block(m: Metadata) -> dict[str, Any]:
+    """The feed-forward blocks of a dense model."""
+    if m.integer("expert_used_count", 0, least=0):
+        raise m.error("expert_used_count", "0, as there are no experts")
+    return {"intermediate_size": m.integer("feed_forward_length")}
+
+
 def _experts(m: Metadata) -> dict[str, Any]:
     """Numbers and widths of experts, and how gates are normalised: fixed per architecture in llama.cpp."""
+    return {"num_experts_per_tok": m.integer("expert_used_count"), **_sizes(m)}
+
+
+def _sizes(m: Metadata) -> dict[str, Any]:
     experts, inner = m.integer("expert_count"), m.integer("feed_forward_length")
     normalised = m.architecture in ("llama", "qwen3moe")
     if m.get("expert_weights_norm", normalised) is not normalised:
@@ -236,13 +274,13 @@ def _attention(m: Metadata, tensors: Mapping[str, tuple[int, ...]], layers: int)
     found: dict[str, Any] = {}
     if m.has("attention.sliding_window"):
         window = m.integer("attention.sliding_window", least=0)
-        if m.architecture == "llama":
+        if m.model_type == "mixtral":
             found["sliding_window"] = window or None
         elif 0 < window < m.integer("context_length"):
             raise m.error("attention.sliding_window", "none, or the whole context, for this architecture")
     if m.architecture == "olmoe" and m.has("attention.clamp_kqv"):
         found["clip_qkv"] = m.number("attention.clamp_kqv")
-    if m.architecture != "llama":
+    if m.model_type != "mixtral":
         parts = ("q", "k", "v") if m.architecture == "qwen2moe" else ("q", "k", "v", "output")
         biased = any(f"blk.{i}.attn_{part}.bias" in tensors for i in range(layers) for part in parts)
         found["qkv_bias" if m.architecture == "qwen2moe" else "attention_bias"] = biased

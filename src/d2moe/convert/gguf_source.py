@@ -39,6 +39,7 @@ from d2moe.types import ModelShape
 
 F32 = npt.NDArray[np.float32]
 
+ROPE = "rope_freqs.weight"
 GLOBAL = {"embed": "token_embd.weight", "final_norm": "output_norm.weight", "head": "output.weight"}
 IN_LAYER = {
     "attn_norm": "attn_norm.weight",
@@ -95,7 +96,9 @@ class GgufModel:
         file = GgufFile(path)
         try:
             metadata = Metadata(file.metadata, str(path), ignore_config_keys)
-            config = config_from(metadata, {name: tensor.shape for name, tensor in file.tensors.items()})
+            rope = file.tensors.get(ROPE)
+            divisors = file.read_rows(rope, 0, 1)[0] if rope is not None and rope.kind.name == "F32" else None
+            config = config_from(metadata, {name: tensor.shape for name, tensor in file.tensors.items()}, divisors)
             shape = shape_from_config(config, f"{path}: the config made of its metadata", ignore_config_keys)
             model = cls(path, file, config, shape, family(shape.model_type).source_names(shape))
             model._locate()
@@ -108,17 +111,21 @@ class GgufModel:
     # --- finding ---
 
     def _locate(self) -> None:
-        self.dense = {name: self._find(file_name(name), source.shape) for name, source in self.names.dense.items()}
+        stored = {name: source for name, source in self.names.dense.items() if source.names}
+        self.dense = {name: self._find(file_name(name), source.shape) for name, source in stored.items()}
         inner, hidden, experts = self.shape.expert_inner, self.shape.hidden, self.shape.experts
         sizes = {"gate": (experts, inner, hidden), "up": (experts, inner, hidden), "down": (experts, hidden, inner)}
+        last = "" if self.names.is_dense else "_exps"
         for layer in self.shape.moe_layers:
-            gate, up, down = (self._find(f"blk.{layer}.ffn_{name}_exps.weight", sizes[name]) for name in PROJECTIONS)
+            gate, up, down = (self._find(f"blk.{layer}.ffn_{name}{last}.weight", sizes[name]) for name in PROJECTIONS)
             self._experts[layer] = (gate, up, down)
         used = {tensor.name for tensor in self.dense.values()}
         used |= {tensor.name for three in self._experts.values() for tensor in three}
+        if self.shape.rope.kind == "llama3":
+            used.add(ROPE)
         for name in self.file.tensors:
             if name not in used:
-                what = "scales the rotary frequencies, which is" if name.endswith("rope_freqs.weight") else "is"
+                what = "scales the rotary frequencies, which is" if name.endswith(ROPE) else "is"
                 raise CheckpointError(
                     f"{self.path}: tensor {shown(name)} {what} not part of the {self.shape.model_type} model that the "
                     "metadata describes; leaving it out could change it, so this file cannot be converted"
@@ -156,9 +163,13 @@ class GgufModel:
 
     def read_dense(self, canonical: str) -> F32:
         """A small dense tensor as float32 of its `target_shape`, checked to be finite."""
+        if not self.names.dense[canonical].names:
+            return np.zeros(self.target_shape(canonical), np.float32)
         tensor = self.dense[canonical]
         values = self.file.read_rows(tensor, 0, tensor.n_rows).reshape(tensor.shape)
         check_values(values, self.file.where(tensor), float(np.finfo(np.float32).max))
+        if self._is_interleaved and canonical.endswith((".attn.q_bias", ".attn.k_bias")):
+            values = _halves_apart(values.reshape(-1, 1), self.shape.head_dim)
         return values.reshape(self.target_shape(canonical))
 
     def linear_pieces(self, canonical: str, multiple: int) -> Iterator[F32]:
@@ -184,8 +195,9 @@ class GgufModel:
     # --- facts ---
 
     def weights(self, canonical: str) -> int:
-        """Number of weights of a dense tensor."""
-        return math.prod(self.names.dense[canonical].shape)
+        """Number of weights of a dense tensor, none if it is not in the file."""
+        source = self.names.dense[canonical]
+        return math.prod(source.shape) if source.names else 0
 
     def target_shape(self, canonical: str) -> tuple[int, ...]:
         """Shape of a float tensor in the container."""

@@ -167,6 +167,8 @@ class Checkpoint:
     def _locate_dense(self) -> set[str]:
         used = set()
         for canonical, source in self.names.dense.items():
+            if not source.names:
+                continue
             found = next((name for name in source.names if name in self._where), None)
             if found is None:
                 raise self._missing(source.names[0], canonical)
@@ -222,6 +224,8 @@ class Checkpoint:
 
     def read_dense(self, canonical: str) -> F32:
         """A small dense tensor as float32 of its `target_shape`, checked to be finite."""
+        if not self.names.dense[canonical].names:
+            return np.zeros(self.target_shape(canonical), np.float32)
         place = self.dense[canonical]
         values = place.file.read_float32(place.name)
         check_values(values, place, float(np.finfo(np.float32).max))
@@ -263,8 +267,9 @@ class Checkpoint:
     # --- facts ---
 
     def weights(self, canonical: str) -> int:
-        """Number of weights of a dense tensor."""
-        return math.prod(self.names.dense[canonical].shape)
+        """Number of weights of a dense tensor, none if it is not in the checkpoint."""
+        source = self.names.dense[canonical]
+        return math.prod(source.shape) if source.names else 0
 
     def target_shape(self, canonical: str) -> tuple[int, ...]:
         """Shape of a float tensor in the container."""

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import Any, Protocol
 
 from d2moe.errors import ConfigError
-from d2moe.models import mixtral, olmoe, qwen2_moe, qwen3_moe
+from d2moe.models import llama, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe
 from d2moe.models.config import Config, Source, SourceNames
 from d2moe.types import ModelShape
 
@@ -26,7 +26,7 @@ class Family(Protocol):
     def source_names(self, shape: ModelShape) -> SourceNames: ...
 
 
-FAMILIES: dict[str, Family] = {f.MODEL_TYPE: f for f in (mixtral, olmoe, qwen2_moe, qwen3_moe)}
+FAMILIES: dict[str, Family] = {f.MODEL_TYPE: f for f in (mixtral, olmoe, qwen2_moe, qwen3_moe, llama, qwen3)}
 
 
 def family(model_type: object, where: str = "config.json") -> Family:

@@ -24,13 +24,13 @@ IRRELEVANT = frozenset(
         "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty",
         "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
         "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label", "initializer_range",
-        "is_decoder", "keys_to_ignore_at_inference", "label2id", "length_penalty", "max_length", "min_length",
+        "is_decoder", "is_llama_config", "keys_to_ignore_at_inference", "label2id", "length_penalty", "max_length", "min_length",
         "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
         "output_hidden_states", "output_router_logits", "output_scores", "pad_token_id", "prefix", "pretraining_tp",
         "problem_type", "pruned_heads", "remove_invalid_values", "repetition_penalty", "return_dict",
         "return_dict_in_generate", "router_aux_loss_coef", "router_jitter_noise", "sep_token_id", "suppress_tokens",
         "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k",
-        "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p", "unsloth_fixed",
+        "top_p", "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "typical_p", "unsloth_fixed",
         "unsloth_version", "use_bfloat16", "use_cache",
     }
 )
@@ -46,6 +46,7 @@ NEUTRAL: dict[str, Any] = {
     "partial_rotary_factor": 1,
     "qkv_bias": False,
     "quantization_config": None,
+    "rope_interleaved": False,
     "shared_expert_intermediate_size": 0,
     "sliding_window": None,
     "use_sliding_window": False,
@@ -144,10 +145,13 @@ class Config:
             )
 
 
-def common(c: Config, *, norm_top_k: bool | None, theta: float, context: int, rms_eps: float) -> dict[str, Any]:
+def common(
+    c: Config, *, norm_top_k: bool | None, theta: float, context: int, rms_eps: float, is_dense: bool = False
+) -> dict[str, Any]:
     """The part of ModelShape that all families spell alike; the arguments are the family's own defaults.
 
-    `norm_top_k` None means that the family always normalises, and a config that says otherwise is refused.
+    `norm_top_k` None means that the family always normalises, and a config that says otherwise is refused. A dense family
+    has no keys of experts: the feed-forward block of each layer is its one expert, whose gate is always 1.
     """
     c.get("model_type")
     c.fixed("hidden_act", "silu", "swish", advice="the experts compute silu(gate) * up")
@@ -161,11 +165,8 @@ def common(c: Config, *, norm_top_k: bool | None, theta: float, context: int, rm
     head_dim = c.integer("head_dim", hidden // heads)
     if head_dim % 2:
         raise c.error("head_dim", f"found heads of {head_dim}; rotary embedding needs an even number")
-    experts = c.one_of(("num_experts", "num_local_experts"))
-    top_k = c.integer("num_experts_per_tok")
-    if top_k > experts:
-        raise c.error("num_experts_per_tok", f"expected at most the number of experts, {experts}")
-    if norm_top_k is None:
+    experts, top_k = (1, 1) if is_dense else _experts(c)
+    if norm_top_k is None and not is_dense:
         c.fixed("norm_topk_prob", True)
     longest = c.integer("max_position_embeddings", context)
     rope, longest = rope_shape(c, theta, longest)
@@ -186,6 +187,15 @@ def common(c: Config, *, norm_top_k: bool | None, theta: float, context: int, rm
         "norm_top_k": True if norm_top_k is None else c.flag("norm_topk_prob", norm_top_k),
         "tied_embeddings": c.flag("tie_word_embeddings", False),
     }
+
+
+def _experts(c: Config) -> tuple[int, int]:
+    """Experts of a layer, and of a token."""
+    experts = c.one_of(("num_experts", "num_local_experts"))
+    top_k = c.integer("num_experts_per_tok")
+    if top_k > experts:
+        raise c.error("num_experts_per_tok", f"expected at most the number of experts, {experts}")
+    return experts, top_k
 
 
 def token_ids(c: Config, key: str, vocab: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
@@ -220,7 +230,7 @@ def sparse_layers(c: Config, layers: int) -> tuple[int, ...]:
     if not moe:
         raise ConfigError(
             f"{c.where}: decoder_sparse_step {step} and mlp_only_layers {dense} leave no layer with experts; "
-            "d2moe runs mixture-of-experts models only"
+            "expected at least one for this model_type"
         )
     return moe
 
@@ -231,6 +241,29 @@ def check_layer_types(c: Config, windows: tuple[int, ...]) -> None:
     done = ["sliding_attention" if w else "full_attention" for w in windows]
     if kinds is not None and kinds != done:
         raise c.error("layer_types", f"this model_type with these windows does {done}")
+
+
+def layer_windows(c: Config, sliding: tuple[bool, ...]) -> tuple[int, ...]:
+    """Each layer's window under `use_sliding_window` and `layer_types` (qwen families); 0 is full attention.
+
+    `sliding` says which layers the family's own rule gives a window where there are no layer_types.
+    """
+    on = c.flag("use_sliding_window", False)
+    kinds = c.get("layer_types")
+    if kinds is None:
+        kinds = ["sliding_attention" if on and here else "full_attention" for here in sliding]
+    known = ("sliding_attention", "full_attention")
+    if not isinstance(kinds, list) or len(kinds) != len(sliding) or any(kind not in known for kind in kinds):
+        raise c.error("layer_types", f'expected a list of {len(sliding)} times "full_attention" or "sliding_attention"')
+    c.get("sliding_window")
+    if "sliding_attention" not in kinds:
+        return (0,) * len(sliding)
+    if not on:
+        raise c.error("use_sliding_window", "layer_types asks for sliding_attention; they must agree")
+    if c.names("sliding_window") and not c.has("sliding_window"):
+        raise c.error("sliding_window", "expected a number of tokens, as layers have sliding_attention")
+    window = c.integer("sliding_window", 4096)
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
 def check_shape(c: Config, shape: ModelShape) -> ModelShape:
@@ -246,7 +279,8 @@ def check_shape(c: Config, shape: ModelShape) -> ModelShape:
 class Source:
     """A dense tensor in the checkpoint: the names it may have (one of them is there) and its shape.
 
-    A quantised tensor becomes `.codes` and `.affine`; the others become float32.
+    A quantised tensor becomes `.codes` and `.affine`; the others become float32. Without names it is in no checkpoint, and
+    all zeros: the router of a dense model's one expert.
     """
 
     names: tuple[str, ...]
@@ -260,26 +294,32 @@ class SourceNames:
 
     `blocks` are the spellings of a layer's expert list, `projections` the spellings of (gate, up, down) in it. Fused
     tensors are `<block>.gate_up_proj` [experts, 2*inner, hidden], gate first, and `<block>.down_proj` [experts, hidden,
-    inner].
+    inner]. In a dense model each block is the layer's one expert itself.
     """
 
     dense: dict[str, Source]
     blocks: tuple[str, ...] = ("model.layers.{layer}.mlp.experts",)
     projections: tuple[tuple[str, str, str], ...] = (("gate_proj", "up_proj", "down_proj"),)
+    is_dense: bool = False
 
     def expert(self, layer: int, index: int) -> list[tuple[str, str, str]]:
         """Possible names of one expert's (gate, up, down), one tensor each."""
         out = []
         for block in self.blocks:
             for gate, up, down in self.projections:
-                stem = f"{block.format(layer=layer)}.{index}"
+                stem = block.format(layer=layer) + ("" if self.is_dense else f".{index}")
                 out.append((f"{stem}.{gate}.weight", f"{stem}.{up}.weight", f"{stem}.{down}.weight"))
         return out
 
     def fused(self, layer: int) -> list[tuple[str, str]]:
         """Possible names of a layer's (gate and up, down), all experts in one tensor."""
-        stems = [block.format(layer=layer) for block in self.blocks]
+        stems = [] if self.is_dense else [block.format(layer=layer) for block in self.blocks]
         return [(f"{stem}.gate_up_proj", f"{stem}.down_proj") for stem in stems]
+
+
+def dense_model(shape: ModelShape) -> SourceNames:
+    """Names of a dense model: feed-forward blocks in place of experts, and routers that no checkpoint has."""
+    return SourceNames(dense_sources(shape, router=()), blocks=("model.layers.{layer}.mlp",), is_dense=True)
 
 
 def dense_sources(shape: ModelShape, router: tuple[str, ...] = ("mlp.gate.weight",)) -> dict[str, Source]:

@@ -1,7 +1,8 @@
 """Rotary position embedding: which variants are supported, and their frequencies, as transformers computes them.
 
 Variants: "default"; "linear" (positions divided by a factor); "yarn" (arXiv 2309.00071, with the attention factor of
-DeepSeek's mscale). Those that change with the length of the prompt (dynamic, longrope) and the rest are refused.
+DeepSeek's mscale); "llama3" (of Llama 3.1). Those that change with the length of the prompt (dynamic, longrope) and the
+rest are refused.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from d2moe.types import RopeShape
 if TYPE_CHECKING:  # config.py imports this file
     from d2moe.models.config import Config
 
-SUPPORTED = ("default", "linear", "yarn")
+SUPPORTED = ("default", "linear", "yarn", "llama3")
 KEYS = {
     "default": (),
     "linear": ("factor",),
@@ -31,6 +32,7 @@ KEYS = {
         "mscale",
         "mscale_all_dim",
     ),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }
 
 
@@ -41,7 +43,7 @@ def rope_shape(c: Config, theta: float, context: int) -> tuple[RopeShape, int]:
     family's default. Yarn reaches factor * original context, even where max_position_embeddings says less.
     Raises ConfigError for other variants and for unknown keys inside.
     """
-    c.get("original_max_position_embeddings")  # means nothing to a rope that is not yarn
+    c.get("original_max_position_embeddings")  # means nothing to the other kinds of rope
     name, table = _table(c)
     kind = table.pop("rope_type", None) or table.pop("type", None) or "default"
     table.pop("type", None)
@@ -71,6 +73,8 @@ def rope_shape(c: Config, theta: float, context: int) -> tuple[RopeShape, int]:
     # The top level has priority, as in transformers (standardize_rope_params).
     inside = numbers["original_max_position_embeddings"] or context
     original = c.integer("original_max_position_embeddings", int(inside))
+    if kind == "llama3":
+        return _llama3(c, name, base, original, numbers), context
     factor = context / original if factor is None else factor
     shape = RopeShape(
         theta=base,
@@ -85,6 +89,18 @@ def rope_shape(c: Config, theta: float, context: int) -> tuple[RopeShape, int]:
         truncate=truncate,
     )
     return shape, max(context, min(int(factor * original), 2**31 - 1))
+
+
+def _llama3(c: Config, name: str, base: float, original: int, numbers: dict[str, float | None]) -> RopeShape:
+    factor, low, high = (numbers[key] for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    if factor is None or low is None or high is None:
+        missing = next(key for key in ("factor", "low_freq_factor", "high_freq_factor") if numbers[key] is None)
+        raise ConfigError(f"{c.where}: {name} has rope_type 'llama3' and no {missing}, expected a positive number")
+    if high <= low:
+        raise ConfigError(f"{c.where}: {name} has high_freq_factor {high:g}, expected more than low_freq_factor, {low:g}")
+    return RopeShape(
+        theta=base, kind="llama3", factor=factor, original_context=original, low_freq_factor=low, high_freq_factor=high
+    )
 
 
 def _table(c: Config) -> tuple[str, dict[str, Any]]:
@@ -119,6 +135,8 @@ def inverse_frequencies(rope: RopeShape, head_dim: int) -> npt.NDArray[np.float3
         return plain
     if rope.kind == "linear":
         return np.asarray(plain / np.float32(rope.factor), np.float32)
+    if rope.kind == "llama3":
+        return _llama3_frequencies(rope, plain)
     if rope.kind != "yarn":
         raise ConfigError(f"rope kind is {rope.kind!r}, supported are {', '.join(SUPPORTED)}")
     stretched = np.float32(1.0) / (np.float32(rope.factor) * period)
@@ -126,6 +144,15 @@ def inverse_frequencies(rope: RopeShape, head_dim: int) -> npt.NDArray[np.float3
     ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
     keep = np.float32(1.0) - ramp.astype(np.float32)
     return np.asarray(stretched * (np.float32(1.0) - keep) + plain * keep, np.float32)
+
+
+def _llama3_frequencies(rope: RopeShape, plain: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Pairs that turn more than high_freq_factor times in the original context keep their frequency, those that turn less
+    than low_freq_factor times are stretched by the whole factor, those between by a part of it."""
+    turns = rope.original_context * plain / np.float32(2 * math.pi)
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    keep = np.clip((turns - np.float32(low)) / np.float32(high - low), 0, 1)
+    return np.asarray(plain / np.float32(rope.factor) * (1 - keep) + plain * keep, np.float32)
 
 
 def _yarn_range(rope: RopeShape, head_dim: int) -> tuple[float, float]:

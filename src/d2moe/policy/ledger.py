@@ -47,6 +47,8 @@ class Ledger:
         self._half_life = HALF_LIFE * layers
         self._noted: list[tuple[int, I32, I32]] = []
         self._victims: deque[tuple[int, float]] = deque()
+        self.takes_turns = False
+        """Whether every step wants every expert, layer by layer, as of a dense model: the latest use is then the farthest next one."""
         self.rank: Callable[[int], F64] | None = None
         """A policy's own order: what each expert [layers, experts] is worth while a layer is planned. The least goes first, whole;
         infinite stays."""
@@ -124,6 +126,8 @@ class Ledger:
         if self.rank is not None:
             return self._evict_whole(n_bytes, self.rank(pinned_layer), pinned_layer, pinned)
         out: dict[tuple[int, int], int] = {}
+        if self.takes_turns:
+            self._victims.clear()  # each layer call turns the order
         while self.used_bytes + n_bytes > self.limit_bytes:
             layer, expert, segment = self._next_victim(pinned_layer, pinned)
             bits = segment + BASE_BITS - 1 if segment else 0
@@ -159,7 +163,11 @@ class Ledger:
                     if layer == pinned_layer and expert in pinned:
                         continue
                     return layer, expert, segment
-            key = np.where(np.arange(SEGMENTS) <= (self.width - BASE_BITS)[..., None], self._value + self._tie, np.inf)
+            worth = self._value + self._tie
+            if self.takes_turns:  # of equal demand, values fall with the calls since the last use: let them rise as much
+                age = (pinned_layer - np.arange(self.layers)) % self.layers
+                worth += (2 * age / self._half_life)[:, None, None]
+            key = np.where(np.arange(SEGMENTS) <= (self.width - BASE_BITS)[..., None], worth, np.inf)
             if fresh:
                 key[pinned_layer, list(pinned)] = np.inf
             flat_key = key.reshape(-1)

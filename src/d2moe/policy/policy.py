@@ -65,6 +65,7 @@ class Policy:
 
     def __init__(self, ledger: Ledger, top_k: int):
         self.ledger, self.top_k = ledger, top_k
+        ledger.takes_turns = top_k == ledger.experts
 
     def learn(self, trace: Trace) -> None:
         """Take what can be learned beforehand from a recorded run."""
