@@ -402,7 +402,7 @@ JSON = st.recursive(
                 ["rope_type", "type", "factor", "rope_theta", "truncate", "low_freq_factor", "high_freq_factor", "x"]
             ),
             inner,
-            max_size=5,
+            max_size=4,
         )
     ),
     max_leaves=5,
