@@ -7,8 +7,8 @@ are also run by the engine, with activations in int8. Scored are perplexity and 
 model, which scatters far less and does not reward luck. Bytes are all weights as stored: codes, scales, zeros, float32 norms and
 routers, and in ours the padding of records.
 
-Needs torch. HQQ needs `pip install hqq termcolor accelerate einops`, llama.cpp's types `gguf` here and PEER, an environment with
-`llama-cpp-python` and `numpy`. What is not installed is left out, and the page says so. About an hour on two cores; a run that was
+Needs torch. HQQ needs `pip install '.[benchmark]'`, llama.cpp's types `gguf` here and PEER, an environment with `llama-cpp-python`
+and `numpy`. What is not installed is left out, and the page says so. About an hour on two cores; a run that was
 stopped goes on with --resume.
 """
 
@@ -40,6 +40,7 @@ from d2moe.container import Container, NestedMatrix
 from d2moe.convert.calibration import Calibration
 from d2moe.convert.pipeline import convert
 from d2moe.convert.source import open_source
+from d2moe.errors import D2MoeError
 from d2moe.runtime.config import EngineConfig
 from d2moe.runtime.engine import Engine
 from d2moe.runtime.request import Chunk
@@ -82,8 +83,9 @@ def dense_width(bits: int, rule: str) -> int:
 class Laboratory:
     """The float32 model, what meets its matrices in the calibration text, and a folder for files."""
 
-    def __init__(self, checkpoint: Path, calibration: Calibration, folder: Path):
-        self.checkpoint, self.calibration, self.folder = checkpoint, calibration, folder
+    def __init__(self, checkpoint: Path, calibration: Calibration, folder: Path, done: set[tuple[str, ...]]):
+        """`done`: keys of rows that are not wanted again."""
+        self.checkpoint, self.calibration, self.folder, self.done = checkpoint, calibration, folder, done
         with open_source(checkpoint) as source:
             self.weights, self.shape = read(source), source.shape
             ids = torch.from_numpy(calibration.windows(source).astype(np.int64))
@@ -134,6 +136,8 @@ class Laboratory:
 
         for bits in BITS:
             for rule in rules:
+                if (family, f"{bits} bits", rule, "weights") in self.done:
+                    continue
                 weights, n_bytes = dict(self.weights), float(self.float_bytes)
                 for name in matrices(self.weights):
                     found = at(name, bits if is_expert(name) else dense_width(bits, rule))
@@ -255,14 +259,18 @@ def contestants(lab: Laboratory, peer_python: Path | None) -> list[tuple[int, It
         (n, lab.simple("MWQ, group 128", lab.nested(lambda name, w, h: peers.mwq(w, h, 128)), wider)),
         (n, lab.simple("MatGPTQ-like, group 64", nested, wider)),
     ]
-    if importlib.util.find_spec("hqq"):
+    try:
+        import hqq.core.quantize  # noqa: F401
+    except ImportError as error:
+        tell(f"LEFT OUT: HQQ ({error}; pip install '.[benchmark]')")
+    else:
         found.append((2 * n, lab.simple("HQQ, group 64", lab.separate(peers.hqq, 64), both)))
-    else:
-        tell("LEFT OUT: HQQ is not installed (pip install hqq termcolor accelerate einops)")
-    if peer_python:
-        found.append((3 * len(llama.FILE_TYPES), lab.llama(peer_python)))
-    else:
+    if not peer_python:
         tell("LEFT OUT: llama.cpp's types, as no --peer-python was given")
+    elif not importlib.util.find_spec("gguf"):
+        tell("LEFT OUT: llama.cpp's types, as gguf is not installed here (pip install gguf)")
+    else:
+        found.append((3 * len(llama.FILE_TYPES), lab.llama(peer_python)))
     return found
 
 
@@ -310,7 +318,10 @@ def main(
         with tempfile.TemporaryDirectory() as temporary:
             place = folder or Path(temporary)
             place.mkdir(parents=True, exist_ok=True)
-            measure(shared, out, place, peer_python, windows, kl_windows, calibration_tokens, resume)
+            try:
+                measure(shared, out, place, peer_python, windows, kl_windows, calibration_tokens, resume)
+            except (D2MoeError, OSError) as error:
+                raise click.ClickException(str(error)) from None
     if not out.exists():
         raise click.ClickException(f"{out} does not exist; run without --only-page first")
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
@@ -324,13 +335,16 @@ def measure(
     torch.set_num_threads(1)  # the engine's sums do not depend on it, torch's do
     checkpoint = shared / "models" / "qwen3moe-14m"
     files = tuple(shared / "data" / "calibration" / n for n in ("exl3_c4.utf8", "exl3_wiki.utf8"))
+    for needed in (checkpoint, *files, *(shared / "data" / "perplexity" / f for f in TEXTS.values())):
+        if not needed.exists():
+            raise click.ClickException(f"{needed} does not exist; --shared names the folder with models and data")
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     texts = []
     for text, file in TEXTS.items():
         ids = tokenizer.encode(read_text(shared / "data" / "perplexity" / file), add_special_tokens=False).ids
         texts.append(Text(text, ids, 256, windows, kl_windows))
     protocol = {"windows": windows, "kl_windows": kl_windows, "calibration_tokens": calibration}
-    done = set()
+    done: set[tuple[str, ...]] = set()
     if resume and out.exists():
         for line in out.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
@@ -339,7 +353,7 @@ def measure(
                     f"{out} was measured with {row['protocol']}, this run has {protocol}; leave out --resume"
                 )
             done.add(tuple(row[k] for k in ("family", "code", "dense", "run")))
-    lab = Laboratory(checkpoint, Calibration(files, calibration), folder)
+    lab = Laboratory(checkpoint, Calibration(files, calibration), folder, done)
     with out.open("a" if resume else "w", encoding="utf-8") as file:
 
         def score(made: Contestant, logits: Logits) -> None:
@@ -354,18 +368,18 @@ def measure(
                 file.flush()
 
         everything = sum(4 * w.numel() for w in lab.weights.values())
-        score(
-            Contestant("float32", "float32", "same", everything), lab.logits_of(lab.weights)
-        )  # what all are compared with
+        plain = Contestant(
+            "float32", "float32", "same", everything
+        )  # what all others are compared with, so always scored
+        score(plain, lab.logits_of(lab.weights))
         groups = contestants(lab, python)
-        total, seen, scored, begun = sum(n for n, _ in groups), 0, 0, time.monotonic()
+        total, seen, begun = sum(n for n, _ in groups) - len(done - {plain.key}), 0, time.monotonic()
         for made, logits in chain.from_iterable(entries for _, entries in groups):
-            seen += 1
             if made.key in done:
                 continue
             score(made, logits)
-            scored += 1
-            left = (time.monotonic() - begun) / scored * (total - seen)
+            seen += 1
+            left = (time.monotonic() - begun) / seen * (total - seen)
             tell(f"{seen} of {total} rows, about {left / 60:.0f} min left")
 
 

@@ -162,8 +162,10 @@ def mwq(W: Tensor, H: Tensor, group: int) -> dict[int, Quantised]:
 
 
 def hqq(W: Tensor, H: Tensor, bits: int, group: int) -> Quantised:
-    """Needs `pip install hqq termcolor accelerate einops`; ImportError without."""
+    """8 bits in place of 7, which the package lacks. ImportError without the package."""
     from hqq.core.quantize import Quantizer  # type: ignore[import-not-found]
+
+    bits = 8 if bits == 7 else bits
 
     def one(w: Tensor) -> Tensor:
         q, meta = Quantizer.quantize(w, nbits=bits, group_size=group, device="cpu", bitpack=False)
