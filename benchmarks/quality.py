@@ -1,0 +1,387 @@
+"""Quality per byte beside other quantisers: makes docs/quality.md and a file of raw results.
+
+    python benchmarks/quality.py --shared ../shared --peer-python PEER/bin/python
+
+Every contestant's weights are put into one float32 model as they come back from their code, so only weights are compared; ours
+are also run by the engine, with activations in int8. Scored are perplexity and the mean Kullback-Leibler divergence from the float32
+model, which scatters far less and does not reward luck. Bytes are all weights as stored: codes, scales, zeros, float32 norms and
+routers, and in ours the padding of records.
+
+Needs torch. HQQ needs `pip install '.[benchmark]'`, llama.cpp's types `gguf` here and PEER, an environment with `llama-cpp-python`
+and `numpy`. What is not installed is left out, and the page says so. About an hour on two cores; a run that was
+stopped goes on with --resume.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import quality_llama as llama
+import quality_quantisers as peers
+import torch
+from quality_model import Model, Text, Weights, is_expert, matrices, read, read_text
+from quality_page import page
+from tokenizers import Tokenizer
+
+from d2moe import planes
+from d2moe.container import Container, NestedMatrix
+from d2moe.convert.calibration import Calibration
+from d2moe.convert.pipeline import convert
+from d2moe.convert.source import open_source
+from d2moe.errors import D2MoeError
+from d2moe.runtime.config import EngineConfig
+from d2moe.runtime.engine import Engine
+from d2moe.runtime.request import Chunk
+
+ROOT = Path(__file__).parent.parent
+BITS = (2, 3, 4, 5, 6, 8)
+TIED = 0.1
+"""What an embedding's own rows count beside the head's inputs, for all quantisers that are calibrated (as in our own)."""
+TEXTS = {"WikiText-2 test": "wikitext2.test.raw.txt", "held-out Wikipedia": "heldout_wiki.txt"}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One row. `dense` names the rule by which weights other than the experts' got their width: "wider" (two bits more, 5 to 8: the
+    engine's default), "same", or "own" (llama.cpp's mixes). `run`: "weights" in the float32 model, or "engine"."""
+
+    family: str
+    code: str
+    dense: str
+    n_bytes: int
+    run: str = "weights"
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (self.family, self.code, self.dense, self.run)
+
+
+Logits = Callable[[torch.Tensor], torch.Tensor]
+Entry = tuple[Contestant, Logits]
+
+
+def tell(text: str) -> None:
+    click.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True)
+
+
+def dense_width(bits: int, rule: str) -> int:
+    return EngineConfig(bits=bits).dense_width if rule == "wider" else bits
+
+
+class Laboratory:
+    """The float32 model, what meets its matrices in the calibration text, and a folder for files."""
+
+    def __init__(self, checkpoint: Path, calibration: Calibration, folder: Path, done: set[tuple[str, ...]]):
+        """`done`: keys of rows that are not wanted again."""
+        self.checkpoint, self.calibration, self.folder, self.done = checkpoint, calibration, folder, done
+        with open_source(checkpoint) as source:
+            self.weights, self.shape = read(source), source.shape
+            ids = torch.from_numpy(calibration.windows(source).astype(np.int64))
+        if self.shape.model_type != "qwen3_moe":
+            raise click.ClickException(f"{checkpoint} is of the family {self.shape.model_type}, expected qwen3_moe")
+        self.model = Model(self.shape, self.shape.rope.theta, self.shape.rms_eps)
+        self.float_bytes = sum(4 * w.numel() for n, w in self.weights.items() if n not in matrices(self.weights))
+        kept = folder / "second-moments.pt"
+        if not kept.exists():
+            torch.save(self.model.hessians(self.weights, ids, tell), kept)
+        self.second_moments: Weights = torch.load(kept)
+        head = self.second_moments["embed"]
+        mean = head.diagonal(dim1=-2, dim2=-1).mean()
+        self.hessians = self.second_moments | {"embed": head / mean + TIED * torch.eye(head.shape[-1])}
+
+    def logits_of(self, weights: Weights) -> Logits:
+        return lambda ids: self.model.logits(weights, ids)
+
+    # --- ours ---
+
+    def ours(self, family: str, calibrated: bool) -> Iterator[Entry]:
+        path = self.folder / f"{'calibrated' if calibrated else 'nearest'}.d2moe"
+        if not path.exists():
+            tell(f"{family}: converting")
+            convert(self.checkpoint, path, calibration=self.calibration if calibrated else None)
+        container = Container.open(path)
+        for bits in BITS:
+            for rule in ("wider", "same") if calibrated else ("wider",):
+                dense = dense_width(bits, rule)
+                n_bytes = container_bytes(container, bits, dense)
+                made = Contestant(family, f"{bits} bits", rule, n_bytes)
+                yield made, self.logits_of(container_weights(container, self.weights, bits, dense))
+                if calibrated:
+                    yield Contestant(family, f"{bits} bits", rule, n_bytes, "engine"), engine_logits(path, bits, dense)
+
+    # --- separate and nested quantisers ---
+
+    def simple(
+        self, family: str, quantise: Callable[[str, int], peers.Quantised], rules: Iterable[str]
+    ) -> Iterator[Entry]:
+        """A family that gives a matrix at a width, independent of all others."""
+        made: dict[tuple[str, int], peers.Quantised] = {}
+
+        def at(name: str, bits: int) -> peers.Quantised:
+            if (name, bits) not in made:
+                made[name, bits] = quantise(name, bits)
+            return made[name, bits]
+
+        for bits in BITS:
+            for rule in rules:
+                if (family, f"{bits} bits", rule, "weights") in self.done:
+                    continue
+                weights, n_bytes = dict(self.weights), float(self.float_bytes)
+                for name in matrices(self.weights):
+                    found = at(name, bits if is_expert(name) else dense_width(bits, rule))
+                    weights[name] = found.weights.view_as(self.weights[name])
+                    n_bytes += found.n_bytes
+                yield Contestant(family, f"{bits} bits", rule, round(n_bytes)), self.logits_of(weights)
+
+    def separate(self, method: Callable[[torch.Tensor, torch.Tensor, int, int], peers.Quantised], group: int) -> Any:
+        return lambda name, bits: method(self._cube(name), self.hessians[name], bits, group)
+
+    def nested(self, method: Callable[[str, torch.Tensor, torch.Tensor], dict[int, peers.Quantised]]) -> Any:
+        made: dict[str, dict[int, peers.Quantised]] = {}
+
+        def at(name: str, bits: int) -> peers.Quantised:
+            if name not in made:
+                made[name] = method(name, self._cube(name), self.hessians[name])
+            return made[name][bits]
+
+        return at
+
+    def _cube(self, name: str) -> torch.Tensor:
+        w = self.weights[name]
+        return w if w.ndim == 3 else w[None]
+
+    # --- llama.cpp ---
+
+    def llama(self, python: Path) -> Iterator[Entry]:
+        folder = self.folder / "llama"
+        folder.mkdir(exist_ok=True)
+        names = [f"{kind}.{how}" for kind in llama.FILE_TYPES for how in ("pure", "mix")]
+        missing = [n for n in names if not (folder / f"{n}.gguf").exists()]
+        if missing:
+            llama.write(folder / "float32", self.weights, self.shape)
+            squares = {
+                llama.gguf_name(n): h.diagonal(dim1=-2, dim2=-1).reshape(-1).numpy()
+                for n, h in self.second_moments.items()
+            }
+            np.savez(folder / "importance.npz", **squares)
+        for name in missing:
+            tell(f"llama.cpp: making {name}")
+            command = [python, Path(llama.__file__), folder / "float32", folder / "importance.npz", folder, name]
+            done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise click.ClickException(f"llama.cpp, {name}:\n{done.stderr[-2000:]}")
+        for kind in llama.FILE_TYPES:
+            pure = llama.read(folder / f"{kind}.pure.gguf")
+            wider = llama.read(folder / f"{WIDER[kind]}.pure.gguf")
+            yield self._gguf("llama.cpp", kind, "same", pure, pure)
+            yield self._gguf("llama.cpp", kind, "wider", pure, wider)
+            mix = llama.read(folder / f"{kind}.mix.gguf")
+            yield self._gguf("llama.cpp mixes", llama.FILE_TYPES[kind], "own", mix, mix)
+
+    def _gguf(self, family: str, code: str, rule: str, experts: Any, dense: Any) -> Entry:
+        weights, n_bytes = {}, 0
+        for name, w in self.weights.items():
+            values, size = (experts if is_expert(name) else dense)[llama.gguf_name(name)]
+            weights[name] = torch.from_numpy(np.array(values, np.float32)).view_as(w)
+            n_bytes += size
+        return Contestant(family, code, rule, n_bytes), self.logits_of(weights)
+
+
+WIDER = {"Q2_K": "Q5_K", "IQ2_S": "Q5_K", "Q3_K": "Q5_K", "IQ3_S": "Q5_K", "Q4_K": "Q6_K", "IQ4_XS": "Q6_K"}
+WIDER |= {"Q5_K": "Q8_0", "Q6_K": "Q8_0", "Q8_0": "Q8_0"}
+"""llama.cpp's type for the other weights that is nearest to our default (7 bits become 8: it has no type of 7)."""
+
+
+def container_weights(container: Container, like: Weights, bits: int, dense: int) -> Weights:
+    """Everything in a container as float32 at the two widths; the floats are the container's own, which it balanced."""
+
+    def plain(m: NestedMatrix, width: int, rows: int, cols: int) -> torch.Tensor:
+        codes = planes.untile(planes.unpack(m.base, m.planes))
+        back = planes.dequantize(codes, planes.untile_affine(m.affine), m.row_scale.reshape(-1), width, rows, cols)
+        return torch.from_numpy(back)
+
+    weights: Weights = {}
+    for name, w in like.items():
+        if is_expert(name):
+            layer, part = int(name.split(".")[1]), name.rpartition(".")[2]
+            found = [container.read_expert(layer, e, bits)[part] for e in range(container.experts)]
+            weights[name] = torch.stack([plain(m, bits, w.shape[1], w.shape[2]) for m in found])
+        elif name in container.nested:
+            weights[name] = plain(container.read_nested(name, dense), dense, w.shape[0], w.shape[1])
+        else:
+            weights[name] = torch.from_numpy(np.array(container.read_dense(name)))
+    return weights
+
+
+def container_bytes(container: Container, bits: int, dense: int) -> int:
+    experts = len(container.moe_layers) * container.experts * container.record.prefix_bytes(bits)
+    return experts + container.dense_bytes(dense)
+
+
+def engine_logits(path: Path, bits: int, dense: int) -> Logits:
+    engine: list[Engine] = []  # opened when it is first asked
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        if not engine:
+            engine.append(Engine.load(path, EngineConfig(bits=bits, dense_bits=dense, threads=1)))
+        rows = []
+        for window in ids.tolist():
+            sequence = engine[0].new_sequence()
+            rows.append(torch.from_numpy(np.array(engine[0].step([Chunk(sequence, window, bits, "all")]))))
+            sequence.free()
+        return torch.stack(rows)
+
+    return logits
+
+
+def contestants(lab: Laboratory, peer_python: Path | None) -> list[tuple[int, Iterator[Entry]]]:
+    """How many rows, and what makes them one by one; what has to be left out is told."""
+    n, both, wider = len(BITS), ("wider", "same"), ("wider",)
+    nested = lab.nested(lambda name, w, h: peers.matgptq(w, h, 64, "experts" if is_expert(name) else "dense"))
+    found = [
+        (4 * n, lab.ours("d2moe", calibrated=True)),
+        (n, lab.ours("d2moe, uncalibrated", calibrated=False)),
+        (2 * n, lab.simple("GPTQ, group 64", lab.separate(peers.gptq, 64), both)),
+        (2 * n, lab.simple("GPTQ, group 128", lab.separate(peers.gptq, 128), both)),
+        (n, lab.simple("round to nearest, group 64", lab.separate(peers.nearest, 64), wider)),
+        (n, lab.simple("MWQ, group 128", lab.nested(lambda name, w, h: peers.mwq(w, h, 128)), wider)),
+        (n, lab.simple("MatGPTQ-like, group 64", nested, wider)),
+    ]
+    try:
+        import hqq.core.quantize  # noqa: F401
+    except ImportError as error:
+        tell(f"LEFT OUT: HQQ ({error}; pip install '.[benchmark]')")
+    else:
+        found.append((2 * n, lab.simple("HQQ, group 64", lab.separate(peers.hqq, 64), both)))
+    if not peer_python:
+        tell("LEFT OUT: llama.cpp's types, as no --peer-python was given")
+    elif not importlib.util.find_spec("gguf"):
+        tell("LEFT OUT: llama.cpp's types, as gguf is not installed here (pip install gguf)")
+    else:
+        found.append((3 * len(llama.FILE_TYPES), lab.llama(peer_python)))
+    return found
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--shared",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=ROOT.parent / "shared",
+    show_default=True,
+    help="Folder with models/qwen3moe-14m, data/perplexity and data/calibration.",
+)
+@click.option(
+    "--peer-python", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Interpreter with llama_cpp."
+)
+@click.option(
+    "--windows", type=click.IntRange(1), default=468, show_default=True, help="Windows of 256 tokens of each text."
+)
+@click.option(
+    "--kl-windows", type=click.IntRange(1), default=128, show_default=True, help="The first of them, for divergences."
+)
+@click.option("--calibration-tokens", type=click.IntRange(1), default=131072, show_default=True)
+@click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="Keep containers and GGUF files here.")
+@click.option(
+    "--name", default="qwen3moe-14m", show_default=True, help="Results go to benchmarks/results/quality-NAME.jsonl."
+)
+@click.option(
+    "--page", "page_path", type=click.Path(path_type=Path), default=ROOT / "docs" / "quality.md", show_default=True
+)
+@click.option("--resume", is_flag=True, help="Keep the rows that are in the file of results.")
+@click.option("--only-page", is_flag=True, help="Write the page from the file of results, without measuring.")
+def main(
+    shared: Path, peer_python: Path | None, windows: int, kl_windows: int, calibration_tokens: int, folder: Path | None, name: str,
+    page_path: Path, resume: bool, only_page: bool,
+) -> None:  # fmt: skip
+    """Measure all contestants and write the page.
+
+    \b
+    Examples:
+      python benchmarks/quality.py --peer-python ~/peer/bin/python --folder /tmp/quality
+      python benchmarks/quality.py --windows 8 --kl-windows 8 --name try --page try.md
+      python benchmarks/quality.py --only-page
+    """
+    out = ROOT / "benchmarks" / "results" / f"quality-{name}.jsonl"
+    if not only_page:
+        with tempfile.TemporaryDirectory() as temporary:
+            place = folder or Path(temporary)
+            place.mkdir(parents=True, exist_ok=True)
+            try:
+                measure(shared, out, place, peer_python, windows, kl_windows, calibration_tokens, resume)
+            except (D2MoeError, OSError) as error:
+                raise click.ClickException(str(error)) from None
+    if not out.exists():
+        raise click.ClickException(f"{out} does not exist; run without --only-page first")
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    page_path.write_text(page(rows), encoding="utf-8")
+    tell(f"{page_path} written")
+
+
+def measure(
+    shared: Path, out: Path, folder: Path, python: Path | None, windows: int, kl_windows: int, calibration: int, resume: bool
+) -> None:  # fmt: skip
+    torch.set_num_threads(1)  # the engine's sums do not depend on it, torch's do
+    checkpoint = shared / "models" / "qwen3moe-14m"
+    files = tuple(shared / "data" / "calibration" / n for n in ("exl3_c4.utf8", "exl3_wiki.utf8"))
+    for needed in (checkpoint, *files, *(shared / "data" / "perplexity" / f for f in TEXTS.values())):
+        if not needed.exists():
+            raise click.ClickException(f"{needed} does not exist; --shared names the folder with models and data")
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    texts = []
+    for text, file in TEXTS.items():
+        ids = tokenizer.encode(read_text(shared / "data" / "perplexity" / file), add_special_tokens=False).ids
+        texts.append(Text(text, ids, 256, windows, kl_windows))
+    protocol = {"windows": windows, "kl_windows": kl_windows, "calibration_tokens": calibration}
+    done: set[tuple[str, ...]] = set()
+    if resume and out.exists():
+        for line in out.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row["protocol"] != protocol:
+                raise click.ClickException(
+                    f"{out} was measured with {row['protocol']}, this run has {protocol}; leave out --resume"
+                )
+            done.add(tuple(row[k] for k in ("family", "code", "dense", "run")))
+    lab = Laboratory(checkpoint, Calibration(files, calibration), folder, done)
+    with out.open("a" if resume else "w", encoding="utf-8") as file:
+
+        def score(made: Contestant, logits: Logits) -> None:
+            scores = {t.name: t.score(logits) for t in texts}
+            shown = ", ".join(f"{s.perplexity:.3f} / {s.mean_kl:.5f}" for s in scores.values())
+            tell(
+                f"{made.family}, {made.code}, other weights {made.dense}, {made.run}: {made.n_bytes / 1e6:.2f} MB, {shown}"
+            )
+            if made.key not in done:
+                found = {n: asdict(s) | {"perplexity": s.perplexity, "mean_kl": s.mean_kl} for n, s in scores.items()}
+                file.write(json.dumps({**asdict(made), "protocol": protocol, "scores": found}) + "\n")
+                file.flush()
+
+        everything = sum(4 * w.numel() for w in lab.weights.values())
+        plain = Contestant(
+            "float32", "float32", "same", everything
+        )  # what all others are compared with, so always scored
+        score(plain, lab.logits_of(lab.weights))
+        groups = contestants(lab, python)
+        total, seen, begun = sum(n for n, _ in groups) - len(done - {plain.key}), 0, time.monotonic()
+        for made, logits in chain.from_iterable(entries for _, entries in groups):
+            if made.key in done:
+                continue
+            score(made, logits)
+            seen += 1
+            left = (time.monotonic() - begun) / seen * (total - seen)
+            tell(f"{seen} of {total} rows, about {left / 60:.0f} min left")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
