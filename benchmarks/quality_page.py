@@ -22,7 +22,7 @@ Made by `benchmarks/quality.py` ([raw results](../benchmarks/results)). The mode
 - **Texts**: WikiText-2 test (raw) and held-out Wikipedia, windows of 256 tokens without overlap, the first {tokens:,} predictions
   of each.
 - **KL**: mean Kullback-Leibler divergence from the float32 model over the first {kl_tokens:,} predictions, in thousandths of a nat.
-  It is the better measure: it scatters less, and perplexity may fall with a little noise. From 6 bits on it is made by the few
+  It is the better measure: it scatters less, and perplexity may fall with a little noise. From 6 bits on it may be made by the few
   tokens that a router at a near tie sends to another expert, so it scatters there, too. Perplexity in float32: {base}.
 - **MB** (10^6 bytes): all weights with codes, scales, zeros, norms and routers; ours with the padding of records (5 % of
   the experts at 2 bits here, none in OLMoE's shape).
