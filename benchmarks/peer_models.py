@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 import gguf
@@ -51,11 +52,11 @@ class Shape:
     norm_all_heads: bool
     experts: int
     top_k: int
-    inner: int
+    expert_inner: int
     vocab: int
     context: int
     rope_base: float
-    eps: float
+    rms_eps: float
 
 
 SHAPES = {
@@ -110,9 +111,9 @@ def tensors(shape: Shape, mix: str) -> Iterator[Tensor]:
         yield norm(f"blk.{i}.ffn_norm", shape.hidden)
         router = (shape.experts, shape.hidden)
         yield Tensor(f"blk.{i}.ffn_gate_inp.weight", router, Type.F32, 2 * shape.hidden**-0.5)
-        yield matrix("ffn_gate_exps", shape.experts, shape.inner, shape.hidden, layer=i)
-        yield matrix("ffn_up_exps", shape.experts, shape.inner, shape.hidden, layer=i)
-        yield matrix("ffn_down_exps", shape.experts, shape.hidden, shape.inner, layer=i)
+        yield matrix("ffn_gate_exps", shape.experts, shape.expert_inner, shape.hidden, layer=i)
+        yield matrix("ffn_up_exps", shape.experts, shape.expert_inner, shape.hidden, layer=i)
+        yield matrix("ffn_down_exps", shape.experts, shape.hidden, shape.expert_inner, layer=i)
     yield norm("output_norm", shape.hidden)
     yield matrix("output", shape.vocab, shape.hidden)
 
@@ -186,22 +187,23 @@ def add_tokenizer(writer: gguf.GGUFWriter, path: Path, vocab: int) -> None:
     writer.add_add_bos_token(False)
 
 
-def add_shape(writer: gguf.GGUFWriter, shape: Shape, mix: str) -> None:
+def add_shape(writer: gguf.GGUFWriter, shape: Any, rope_base: float, file_type: int) -> None:
+    """Metadata of a `Shape`, or of a d2moe ModelShape."""
     writer.add_block_count(shape.layers)
     writer.add_context_length(shape.context)
     writer.add_embedding_length(shape.hidden)
-    writer.add_feed_forward_length(shape.inner)
-    writer.add_expert_feed_forward_length(shape.inner)
+    writer.add_feed_forward_length(shape.expert_inner)
+    writer.add_expert_feed_forward_length(shape.expert_inner)
     writer.add_expert_count(shape.experts)
     writer.add_expert_used_count(shape.top_k)
     writer.add_head_count(shape.heads)
     writer.add_head_count_kv(shape.kv_heads)
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
-    writer.add_layer_norm_rms_eps(shape.eps)
-    writer.add_rope_freq_base(shape.rope_base)
+    writer.add_layer_norm_rms_eps(shape.rms_eps)
+    writer.add_rope_freq_base(rope_base)
     writer.add_vocab_size(shape.vocab)
-    writer.add_file_type(int(MIXES[mix][1]))
+    writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
@@ -210,7 +212,7 @@ def make(path: Path, shape: Shape, mix: str, tokenizer: Path, seed: int) -> dict
     rng = np.random.default_rng(seed)
     part = path.with_name(path.name + ".part")
     writer = gguf.GGUFWriter(part, shape.arch)
-    add_shape(writer, shape, mix)
+    add_shape(writer, shape, shape.rope_base, int(MIXES[mix][1]))
     add_tokenizer(writer, tokenizer, shape.vocab)
     plan, used = list(tensors(shape, mix)), dict[str, int]()
     for t in plan:

@@ -45,23 +45,10 @@ def gguf_name(name: str) -> str:
 def write(path: Path, weights: dict[str, Any], shape: Any) -> None:
     """The model in float32, without a tokenizer, which llama_model_quantize does not ask for. `shape` is a d2moe ModelShape."""
     import gguf
+    from peer_models import add_shape  # the file beside this one
 
     writer = gguf.GGUFWriter(path, "qwen3moe")
-    writer.add_block_count(shape.layers)
-    writer.add_context_length(shape.context)
-    writer.add_embedding_length(shape.hidden)
-    writer.add_feed_forward_length(shape.expert_inner)
-    writer.add_expert_feed_forward_length(shape.expert_inner)
-    writer.add_expert_count(shape.experts)
-    writer.add_expert_used_count(shape.top_k)
-    writer.add_head_count(shape.heads)
-    writer.add_head_count_kv(shape.kv_heads)
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
-    writer.add_layer_norm_rms_eps(shape.rms_eps)
-    writer.add_rope_freq_base(shape.rope.theta)
-    writer.add_vocab_size(shape.vocab)
-    writer.add_file_type(int(gguf.LlamaFileType.ALL_F32))
+    add_shape(writer, shape, shape.rope.theta, int(gguf.LlamaFileType.ALL_F32))
     for name, tensor in weights.items():
         writer.add_tensor(gguf_name(name), np.ascontiguousarray(tensor.numpy(), np.float32))
     writer.write_header_to_file()

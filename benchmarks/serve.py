@@ -124,7 +124,7 @@ def load(folder: Path | None, seconds: float, clients: int, memory: str) -> None
             stop = int(mine.integers(1, 20)) if mine.random() < 0.25 else None
             try:
                 text, times = await answer(client, wishes[index], stop)
-            except Exception as error:
+            except Exception as error:  # anything that goes wrong is what is being counted
                 counts["failed"] += 1
                 click.echo(f"failed: {error}", err=True)
                 continue

@@ -104,7 +104,7 @@ def test_help_and_version(run: Run) -> None:
         (["xyzzy"], "there are run, serve, convert"),
         (["run", "--bit", "3"], "--bits"),
         (["run", "--memroy", "1GB"], "--memory"),
-        (["run", "--bits", "9"], "9 is not in the range 2<=x<=8"),
+        (["run", "--bits", "9"], "9.0 is not in the range 2<=x<=8"),
         (["run", "a", "b", "c"], "unexpected extra argument"),
         (["convert", "/does/not/exist", "x"], "does not exist"),
         (["convert", ".", "x", "--group", "32"], "'32' is not one of"),

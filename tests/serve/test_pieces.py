@@ -115,7 +115,7 @@ def test_widths_of_dials() -> None:
     wishes = ((None, None), (3.0, None), (None, "fast"), (None, "balanced"), (None, "best"))
     assert [width_of(bits, quality, 5, routed=False) for bits, quality in wishes] == [5, 3, 3, 3, 5]
     assert [width_of(bits, quality, 2.2, routed=True) for bits, quality in wishes] == [2.2, 3, 2.5, 3, 5]
-    with pytest.raises(RequestError, match="either bits or quality"):
+    with pytest.raises(ConfigError, match="give one of the two"):
         width_of(3, "fast", 4, routed=True)
 
 

@@ -101,7 +101,8 @@ def test_a_full_queue_says_when_to_come_back(small: SimpleNamespace) -> None:
     ("values", "words"),
     [
         ({"max_token": 3}, "^max_token: unknown field"), ({"bits": 1.5}, "^bits: .*greater than or equal to 2"),
-        ({"bits": 9}, "^bits: .*less than or equal to 8"), ({"quality": "best", "bits": 3}, "not both"), ({"quality": "good"}, "quality"),
+        ({"bits": 9}, "^bits: .*less than or equal to 8"), ({"quality": "best", "bits": 3}, "give one of the two"),
+        ({"quality": "good"}, "quality"),
         ({"prompt": ""}, "prompt is empty"), ({"prompt": []}, "prompt is empty"), ({"prompt": [[]]}, "prompt is empty"),
         ({"prompt": [1, 4096]}, "token 4096"), ({"prompt": "\ud800"}, "not valid Unicode"), ({"prompt": [5] * 2049}, "has 2,049 tokens"),
         ({"max_tokens": 2001}, "2,001 tokens are more than this server gives"), ({"temperature": -1}, "temperature"),

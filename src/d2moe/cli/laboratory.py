@@ -84,7 +84,8 @@ def _recorded(
     from d2moe.runtime.request import Chunk
 
     with contextlib.closing(open_model(path, engine)) as m, Bar("recording", light=True) as bar:
-        recorder = m.engine.record()  # type: ignore[attr-defined]
+        real: Any = m.engine
+        recorder = real.record()
         if text is None:
             values: dict[str, Any] = {"temperature": 1.0, "seed": seed, "ignore_eos": True, "max_tokens": tokens}
             for number, _ in enumerate(m.stream(prompt or "", **values)):

@@ -46,7 +46,8 @@ def profile(model: str | None, again: bool, as_json: bool, **engine: Any) -> Non
     fresh = found is None
     if found is None:
         with contextlib.closing(open_model(path, {**engine, "context": PROFILE_CONTEXT})) as m, Bar("measuring", light=True) as bar:
-            found = measure(m.engine, profile_tokens(m.tokenizer.encode), bar)  # type: ignore[arg-type]
+            real: Any = m.engine
+            found = measure(real, profile_tokens(m.tokenizer.encode), bar)
         found.save(profile_path(container, threads))
     if as_json:
         print_json({"format": FORMAT, **asdict(found)})

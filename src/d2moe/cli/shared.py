@@ -16,20 +16,6 @@ from d2moe.types import BASE_BITS, MAX_BITS, QUALITIES
 if TYPE_CHECKING:
     from d2moe.runtime.generate import Model
 
-class Average(click.ParamType):  # type: ignore[type-arg]
-    """A number of bits from 2 to 8."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            bits = float(value)
-        except ValueError:
-            self.fail(f"{value!r} is not a number", param, ctx)
-        if not BASE_BITS <= bits <= MAX_BITS:
-            self.fail(f"{value} is not in the range {BASE_BITS}<=x<={MAX_BITS}", param, ctx)
-        return int(bits) if bits == int(bits) else bits
-
 
 ENGINE_OPTIONS = [
     click.option(
@@ -40,7 +26,7 @@ ENGINE_OPTIONS = [
     ),
     click.option(
         "--bits",
-        type=Average(),
+        type=click.FloatRange(BASE_BITS, MAX_BITS),
         help="Average width at which experts are read, any number from 2 to 8 for a model with a width router, else a whole "
         "one [default: 4].",
     ),

@@ -256,7 +256,7 @@ class Scheduler:
         chunks = [self._chunk(job, n) for job, n in parts]
         try:
             rows = self.engine.step(chunks)
-        except Exception as error:
+        except Exception as error:  # whatever it is, it ends those whom it concerns and nobody else
             if len(parts) == 1:
                 self._end(parts[0][0], Ended(error))
                 return

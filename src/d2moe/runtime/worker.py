@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from d2moe.errors import BusyError, RequestError, StoppingError
@@ -73,7 +74,7 @@ class Worker:
             now = time.perf_counter()
             for job in jobs:
                 job.submitted = now
-                self._inbox.append(lambda job=job: self._scheduler.add(job))  # type: ignore[misc]
+                self._inbox.append(partial(self._scheduler.add, job))
             self._wake.notify()
 
     def cancel(self, jobs: list[Job]) -> None:

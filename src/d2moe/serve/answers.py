@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -81,7 +82,7 @@ class Words:
         return {"token": text, "logprob": value, "bytes": None if UNFINISHED in text else list(text.encode())}
 
 
-class Answer:
+class Answer(ABC):
     """One request under way; subclasses know the shape of its objects. `close` frees what it holds, whatever happened."""
 
     kind = chunk_kind = ""
@@ -132,17 +133,20 @@ class Answer:
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         return {**self._head, "object": self.chunk_kind, "choices": [choice]}
 
+    @abstractmethod
     def hear(self, index: int, piece: Piece) -> None:
-        raise NotImplementedError
+        """Take in a piece of a complete answer."""
 
+    @abstractmethod
     def choice(self, index: int) -> dict[str, Any]:
-        raise NotImplementedError
+        """What was heard, as an object of `choices`."""
 
     def first(self, index: int) -> list[dict[str, Any]]:
         return []
 
+    @abstractmethod
     def next(self, index: int, piece: Piece) -> list[dict[str, Any]]:
-        raise NotImplementedError
+        """Objects of `choices` to stream for a piece."""
 
     def last(self, index: int, ended: Ended) -> list[dict[str, Any]]:
         return []

@@ -104,7 +104,7 @@ class Gate:
 
         try:
             await self.app(scope, limited, answer)
-        except Exception:
+        except Exception:  # the last line of defence: a bug is an answer of 500 and a line in the log
             log.exception("unexpected error", extra={"facts": {"request_id": scope["state"]["request_id"]}})
             if not status():
                 await _refuse(answer, 500, "an unexpected error; the server's log says more", "server_error")

@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from d2moe.errors import RequestError
-from d2moe.types import BASE_BITS, MAX_BITS, QUALITIES
+from d2moe.types import BASE_BITS, MAX_BITS, QUALITIES, quality_bits
 
 MOST_CHOICES = 16
 MOST_STOPS = 16
@@ -20,12 +19,11 @@ Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 def width_of(bits: float | None, quality: str | None, default: float, *, routed: bool) -> float:
     """The average width that a request asks for. A model that is not `routed` has whole widths only, and a word of `quality`
-    means the next one up."""
-    if bits is not None and quality is not None:
-        raise RequestError("give either bits or quality, not both")
+    means the next one up. ConfigError if both are given."""
     if quality is None:
         return default if bits is None else bits
-    return QUALITIES[quality] if routed else math.ceil(QUALITIES[quality])
+    wish = quality_bits(quality, bits)
+    return wish if routed else math.ceil(wish)
 
 
 class Strict(BaseModel):
