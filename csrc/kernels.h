@@ -63,13 +63,13 @@ struct KernelTable {
   // Attention. Keys come in tiles of 16 tokens (kKeyTile), so that one register holds one element of 16 keys:
   //   f16: u16 [tiles, head_dim, 16];   q8: u8 [tiles, head_dim/4, 16, 4] of code + 128, with a scale f32 [tiles, 16].
   // scores[i][j] for queries i < n and all keys j < 16 * tiles. n is 1 to kQueries.
-  //   f16:  acc = acc + q[d] * f32(key[d]), d ascending
+  //   f16:  acc = fma(q[d], f32(key[d]), acc), d ascending: rounded once, as every CPU with vectors worth having can
   //   q8:   f32(sum_d code[d] * q[d]) * key_scale     (the query's own scale is the caller's business)
   void (*scores_f16)(const uint16_t* keys, int64_t tiles, int64_t head_dim, ConstRows q, int64_t n, Rows scores);
   void (*scores_q8)(const uint8_t* keys, const float* key_scale, int64_t tiles, int64_t head_dim, const int8_t* q,
                     int64_t q_stride, int64_t n, Rows scores);
-  // out[i][d] = out[i][d] + p[i][j] * f32(value[j][d]), j ascending; values are f16 or i8 [count, head_dim].
-  //   q8:  (p[i][j] * value_scale[j]) * f32(code)
+  // out[i][d] = fma(p[i][j], f32(value[j][d]), out[i][d]), j ascending; values are f16 or i8 [count, head_dim].
+  //   q8:  fma(p[i][j] * value_scale[j], f32(code), out[i][d])
   void (*mix_f16)(const uint16_t* values, int64_t count, int64_t head_dim, ConstRows p, int64_t n, Rows out);
   void (*mix_q8)(const int8_t* values, const float* value_scale, int64_t count, int64_t head_dim, ConstRows p, int64_t n,
                  Rows out);

@@ -173,7 +173,7 @@ template <int T, int U> inline void score_halves(const uint16_t* keys, int64_t h
       const __m256 v = _mm256_set1_ps(q.data[I * q.stride + d]);
       unrolled<U * 2>([&](auto k) INLINE {
         constexpr int A = I * U * 2 + decltype(k)::value;
-        acc[A] = _mm256_add_ps(acc[A], _mm256_mul_ps(v, key[k.value]));
+        acc[A] = _mm256_fmadd_ps(v, key[k.value], acc[A]);
       });
     });
   }
@@ -267,7 +267,7 @@ inline void mix_registers(const V* values, int64_t count, int64_t head_dim, cons
       const __m256 weight = _mm256_set1_ps(p[i.value][j]);
       unrolled<R>([&](auto r) INLINE {
         constexpr int A = decltype(i)::value * R + decltype(r)::value;
-        acc[A] = _mm256_add_ps(acc[A], _mm256_mul_ps(weight, v[r.value]));
+        acc[A] = _mm256_fmadd_ps(weight, v[r.value], acc[A]);
       });
     });
   }
@@ -288,7 +288,10 @@ template <class V, class W> inline void mix(const V* values, int64_t count, int6
       for (; d + 8 <= head_dim; d += 8) mix_registers<T, 1>(values + d, rows, head_dim, p + i, at(d), kValueRows * head_dim);
       for (; d < head_dim; ++d)
         for (int k = 0; k < T; ++k)
-          for (int64_t j = 0; j < rows; ++j) at(d).data[k * out.stride] += p[i + k][j] * one_float(values + j * head_dim + d);
+          for (int64_t j = 0; j < rows; ++j) {
+            float& y = at(d).data[k * out.stride];
+            y = __builtin_fmaf(p[i + k][j], one_float(values + j * head_dim + d), y);
+          }
     });
   }
 }

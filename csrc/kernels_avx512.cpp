@@ -23,7 +23,7 @@ void scores_f16_of(const uint16_t* keys, int64_t head_dim, const ConstRows& q, c
     unrolled<N>([&](auto i) __attribute__((always_inline)) {
       constexpr int I = decltype(i)::value;
       const __m512 x = _mm512_set1_ps(q.data[I * q.stride + d]);
-      unrolled<S>([&](auto s) { acc[I][s.value] = _mm512_add_ps(acc[I][s.value], _mm512_mul_ps(x, key[s.value])); });
+      unrolled<S>([&](auto s) { acc[I][s.value] = _mm512_fmadd_ps(x, key[s.value], acc[I][s.value]); });
     });
   }
   unrolled<N * S>([&](auto k) { _mm512_storeu_ps(out.data + k.value / S * out.stride + k.value % S * kKeyTile, acc[k.value / S][k.value % S]); });
@@ -105,7 +105,7 @@ inline __attribute__((always_inline)) void mix_of(int64_t count, int64_t head_di
     unrolled<N>([&](auto i) __attribute__((always_inline)) {
       constexpr int I = decltype(i)::value;
       const __m512 p = _mm512_set1_ps(weight(i0 + I, j));
-      unrolled<R>([&](auto r) { acc[I][r.value] = _mm512_add_ps(acc[I][r.value], _mm512_mul_ps(p, v[r.value])); });
+      unrolled<R>([&](auto r) { acc[I][r.value] = _mm512_fmadd_ps(p, v[r.value], acc[I][r.value]); });
     });
   }
   unrolled<N * R>([&](auto k) {

@@ -51,7 +51,7 @@ void scores_f16(const uint16_t* keys, int64_t tiles, int64_t head_dim, ConstRows
         unrolled<4>([&](auto r) { key[r.value] = halves(keys + d * kKeyTile + 4 * r.value); });
         unrolled<4 * T>([&](auto k) {
           constexpr int I = decltype(k)::value / 4, R = decltype(k)::value % 4;
-          acc[I][R] = vaddq_f32(acc[I][R], vmulq_n_f32(key[R], x[I * q.stride + d]));
+          acc[I][R] = vfmaq_n_f32(acc[I][R], key[R], x[I * q.stride + d]);
         });
       }
       unrolled<4 * T>([&](auto k) {
@@ -117,14 +117,17 @@ template <class V, class W> inline __attribute__((always_inline)) void mix(const
         eight(values + j * head_dim + d + 8, v[1]);
         unrolled<T>([&](auto i) {
           const float w = weight(i0 + i.value, j);
-          unrolled<4>([&](auto r) { acc[i.value][r.value] = vaddq_f32(acc[i.value][r.value], vmulq_n_f32(v[r.value / 2][r.value % 2], w)); });
+          unrolled<4>([&](auto r) { acc[i.value][r.value] = vfmaq_n_f32(acc[i.value][r.value], v[r.value / 2][r.value % 2], w); });
         });
       }
       unrolled<4 * T>([&](auto k) { vst1q_f32(out.data + (i0 + k.value / 4) * out.stride + d + k.value % 4 * 4, acc[k.value / 4][k.value % 4]); });
     }
     for (int64_t i = i0; whole < head_dim && i < i0 + T; ++i) // heads of other sizes are rare
       for (int64_t j = 0; j < count; ++j)
-        for (int64_t d = whole; d < head_dim; ++d) out.data[i * out.stride + d] += weight(i, j) * one(values[j * head_dim + d]);
+        for (int64_t d = whole; d < head_dim; ++d) {
+          float& y = out.data[i * out.stride + d];
+          y = __builtin_fmaf(weight(i, j), one(values[j * head_dim + d]), y);
+        }
   });
 }
 

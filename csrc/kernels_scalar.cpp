@@ -134,7 +134,7 @@ void scores_f16(const uint16_t* keys, int64_t tiles, int64_t head_dim, ConstRows
     for (int64_t j = 0; j < tiles * kKeyTile; ++j) {
       float acc = 0.0f;
       for (int64_t d = 0; d < head_dim; ++d)
-        acc += q.data[i * q.stride + d] * half_to_float(keys[(j / kKeyTile * head_dim + d) * kKeyTile + j % kKeyTile]);
+        acc = std::fma(q.data[i * q.stride + d], half_to_float(keys[(j / kKeyTile * head_dim + d) * kKeyTile + j % kKeyTile]), acc);
       scores.data[i * scores.stride + j] = acc;
     }
 }
@@ -153,8 +153,10 @@ void scores_q8(const uint8_t* keys, const float* key_scale, int64_t tiles, int64
 void mix_f16(const uint16_t* values, int64_t count, int64_t head_dim, ConstRows p, int64_t n, Rows out) {
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < count; ++j)
-      for (int64_t d = 0; d < head_dim; ++d)
-        out.data[i * out.stride + d] += p.data[i * p.stride + j] * half_to_float(values[j * head_dim + d]);
+      for (int64_t d = 0; d < head_dim; ++d) {
+        float& y = out.data[i * out.stride + d];
+        y = std::fma(p.data[i * p.stride + j], half_to_float(values[j * head_dim + d]), y);
+      }
 }
 
 void mix_q8(const int8_t* values, const float* value_scale, int64_t count, int64_t head_dim, ConstRows p, int64_t n,
@@ -162,7 +164,10 @@ void mix_q8(const int8_t* values, const float* value_scale, int64_t count, int64
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < count; ++j) {
       const float weight = p.data[i * p.stride + j] * value_scale[j];
-      for (int64_t d = 0; d < head_dim; ++d) out.data[i * out.stride + d] += weight * float(values[j * head_dim + d]);
+      for (int64_t d = 0; d < head_dim; ++d) {
+        float& y = out.data[i * out.stride + d];
+        y = std::fma(weight, float(values[j * head_dim + d]), y);
+      }
     }
 }
 

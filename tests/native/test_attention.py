@@ -1,5 +1,5 @@
 """Attention scores and mixes of every kernel table against their definition in kernels.h, written here in NumPy: float32,
-one operation at a time, in the same order. Bit for bit. Seeds as in conftest.py."""
+one fused multiplication and addition at a time, in the same order. Bit for bit. Seeds as in conftest.py."""
 
 from __future__ import annotations
 
@@ -40,16 +40,21 @@ def tiled_codes(codes: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(shape.astype(np.int16) + 128).astype(np.uint8)
 
 
+def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a * b + c rounded once to float32: b has so few bits that a product is exact in 64, and of 64 a second rounding shows once in 2^39."""
+    return (a.astype(np.longdouble) * b.astype(np.longdouble) + c.astype(np.longdouble)).astype(np.float32)
+
+
 def wanted_scores(keys: np.ndarray, q: np.ndarray) -> np.ndarray:
     acc = np.zeros((len(q), len(keys)), np.float32)
     for d in range(keys.shape[1]):
-        acc = acc + q[:, d, None] * keys[None, :, d].astype(np.float32)
+        acc = fused(q[:, d, None], keys[None, :, d], acc)
     return acc
 
 
 def wanted_mix(values: np.ndarray, p: np.ndarray, out: np.ndarray) -> np.ndarray:
     for j in range(len(values)):
-        out = out + p[:, j, None] * values[j].astype(np.float32)
+        out = fused(p[:, j, None], values[j], out)
     return out
 
 
@@ -109,7 +114,7 @@ def test_mix_of_codes(table: str, rng: np.random.Generator, head_dim: int) -> No
             got = native.mix(table, codes, p, out, scale)
             wanted = out
             for j in range(count):
-                wanted = wanted + (p[:, j, None] * scale[j]) * codes[j].astype(np.float32)
+                wanted = fused(p[:, j, None] * scale[j], codes[j], wanted)
             same_bits(got, wanted)
             same_bits(got, native.mix("scalar", codes, p, out, scale))
 
