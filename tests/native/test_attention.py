@@ -41,7 +41,7 @@ def tiled_codes(codes: np.ndarray) -> np.ndarray:
 
 
 def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a * b + c rounded once to float32: b has so few bits that a product is exact in 64, and of 64 a second rounding shows once in 2^39."""
+    """a * b + c rounded once to float32: products are exact in 64 bits, and a second rounding of 64 shows once in 2^39."""
     return (a.astype(np.longdouble) * b.astype(np.longdouble) + c.astype(np.longdouble)).astype(np.float32)
 
 
