@@ -325,7 +325,7 @@ nb::object vector_op(const std::string& table, const std::string& op, nb::object
 
 int64_t draw_token(In<float> logits, double temperature, int64_t top_k, double top_p, double min_p, double uniform) {
   expect(logits.ndim() == 1 && logits.size() > 0, "logits is float32 [vocab]");
-  return draw(logits.data(), int64_t(logits.size()), {temperature, top_k, top_p, min_p}, uniform);
+  return draw(*best_kernel_table(), logits.data(), int64_t(logits.size()), {temperature, top_k, top_p, min_p}, uniform);
 }
 
 // Bytes per second that `threads` threads read, each over and over its own part of n_bytes, for `seconds` or one pass.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <numeric>
 #include <vector>
@@ -62,57 +63,88 @@ std::vector<int64_t> largest(const float* x, int64_t n, int64_t count, const std
   return found;
 }
 
-// Keeps the likeliest tokens that make up top_p of all weight, likeliest first.
-void keep_top_p(double top_p, double least, std::vector<int64_t>& ids, std::vector<double>& weights) {
-  const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
-  // Tokens below (1 - p) of the mean weight hold less than 1 - p of the mass all together, so all of them go.
-  least = std::max((1.0 - top_p) * total / double(weights.size()), least);
-  std::vector<size_t> order;
+// A bucket for every sixteenth of an octave; the heavier the weight, the higher its bucket.
+constexpr int kBucketShift = 19, kBuckets = (0x3F800000 >> kBucketShift) + 1; // weights are 0 to 1
+inline size_t bucket_of(float weight) {
+  uint32_t bits;
+  std::memcpy(&bits, &weight, 4);
+  return std::min(size_t(bits >> kBucketShift), size_t(kBuckets - 1));
+}
+
+double sum_of(const std::vector<float>& x) {
+  double lane[kLanes] = {};
+  size_t i = 0;
+  for (; i + kLanes <= x.size(); i += kLanes)
+    for (size_t l = 0; l < kLanes; ++l) lane[l] += double(x[i + l]);
+  for (; i < x.size(); ++i) lane[0] += double(x[i]);
+  return std::accumulate(lane, lane + kLanes, 0.0);
+}
+
+// Places, ascending, of the heaviest weights that make up top_p of all: those that less than top_p stands above. Sorts no more
+// than the bucket where the sum gets there.
+std::vector<int64_t> nucleus(const std::vector<float>& weights, double top_p, double least) {
+  const double total = sum_of(weights), goal = top_p * total;
+  // Weights below (1 - p) of the mean hold less than 1 - p of the mass all together, so all of them go; a hundredth for rounding.
+  const double low = std::max(0.99 * (total - goal) / double(weights.size()), least);
+  std::vector<int64_t> some;
+  std::vector<double> mass(kBuckets);
   for (size_t i = 0; i < weights.size(); ++i)
-    if (weights[i] >= least) order.push_back(i);
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return weights[a] > weights[b]; });
-  std::vector<int64_t> kept_ids;
-  std::vector<double> kept;
-  double above = 0.0; // mass of the likelier ones
-  for (size_t i : order) {
-    if (!kept.empty() && above >= top_p * total) break;
-    kept_ids.push_back(ids[i]);
-    kept.push_back(weights[i]);
-    above += weights[i];
+    if (double(weights[i]) >= low) some.push_back(int64_t(i)), mass[bucket_of(weights[i])] += double(weights[i]);
+  double above = 0.0; // mass of the heavier ones
+  size_t edge = kBuckets - 1;
+  for (; edge > 0 && above + mass[edge] < goal; --edge) above += mass[edge];
+  std::vector<int64_t> last;
+  for (const int64_t i : some)
+    if (bucket_of(weights[size_t(i)]) == edge) last.push_back(i);
+  std::stable_sort(last.begin(), last.end(), [&](int64_t a, int64_t b) { return weights[size_t(a)] > weights[size_t(b)]; });
+  size_t taken = 0;
+  for (; taken < last.size() && above < goal; ++taken) above += double(weights[size_t(last[taken])]);
+  std::sort(last.begin(), last.begin() + std::ptrdiff_t(taken));
+  std::vector<int64_t> kept;
+  size_t next = 0;
+  for (const int64_t i : some) {
+    const bool edged = next < taken && last[next] == i;
+    if (edged || bucket_of(weights[size_t(i)]) > edge) kept.push_back(i);
+    next += edged;
   }
-  ids.swap(kept_ids);
-  weights.swap(kept);
+  return kept;
 }
 
 } // namespace
 
-int64_t draw(const float* logits, int64_t n, const Cuts& cuts, double uniform) {
+int64_t draw(const KernelTable& k, const float* logits, int64_t n, const Cuts& cuts, double uniform) {
   const std::vector<float> tops = tops_of(logits, n);
   const float top = tops.empty() ? INFINITY : *std::max_element(tops.begin(), tops.end());
   if (!std::isfinite(top)) return -1;
-  std::vector<int64_t> ids;
-  if (cuts.top_k > 0 && cuts.top_k < n) {
-    ids = largest(logits, n, cuts.top_k, tops);
-  } else {
-    ids.resize(size_t(n));
-    std::iota(ids.begin(), ids.end(), 0);
-  }
-  std::vector<double> weights(ids.size());
-  for (size_t i = 0; i < ids.size(); ++i) weights[i] = std::exp((double(logits[ids[i]]) - double(top)) / cuts.temperature);
+  std::vector<int64_t> ids; // empty: all
+  if (cuts.top_k > 0 && cuts.top_k < n) ids = largest(logits, n, cuts.top_k, tops);
+  std::vector<float> weights(ids.empty() ? size_t(n) : ids.size());
+  const float cold = float(1.0 / cuts.temperature);
+  for (size_t i = 0; i < weights.size(); ++i) weights[i] = (logits[ids.empty() ? i : size_t(ids[i])] - top) * cold;
+  k.exp_sum(weights.data(), 0.0f, int64_t(weights.size()));
+  const auto keep = [&](const std::vector<int64_t>& places) {
+    std::vector<float> kept(places.size());
+    for (size_t i = 0; i < places.size(); ++i) kept[i] = weights[size_t(places[i])];
+    weights.swap(kept);
+    if (ids.empty()) ids = places;
+    else
+      for (size_t i = 0; i < places.size(); ++i) ids[i] = ids[size_t(places[i])]; // places ascend
+  };
   if (cuts.top_p < 1.0) {
-    keep_top_p(cuts.top_p, cuts.min_p, ids, weights);
+    keep(nucleus(weights, cuts.top_p, cuts.min_p));
   } else if (cuts.min_p > 0.0) {
-    size_t kept = 0;
-    for (size_t i = 0; i < ids.size(); ++i)
-      if (weights[i] >= cuts.min_p) ids[kept] = ids[i], weights[kept++] = weights[i];
-    ids.resize(kept);
-    weights.resize(kept);
+    std::vector<int64_t> places;
+    for (size_t i = 0; i < weights.size(); ++i)
+      if (double(weights[i]) >= cuts.min_p) places.push_back(int64_t(i));
+    keep(places);
   }
-  std::partial_sum(weights.begin(), weights.end(), weights.begin());
-  const auto place = std::upper_bound(weights.begin(), weights.end(), uniform * weights.back());
+  std::vector<double> sums(weights.begin(), weights.end());
+  std::partial_sum(sums.begin(), sums.end(), sums.begin());
+  const auto place = std::upper_bound(sums.begin(), sums.end(), uniform * sums.back());
   // Rounding can put the draw on the very end; the last token with any weight is the answer then.
-  const auto last = std::lower_bound(weights.begin(), weights.end(), weights.back());
-  return ids[size_t(std::min(place, last) - weights.begin())];
+  const auto last = std::lower_bound(sums.begin(), sums.end(), sums.back());
+  const auto drawn = std::min(place, last) - sums.begin();
+  return ids.empty() ? drawn : ids[size_t(drawn)];
 }
 
 } // namespace d2moe

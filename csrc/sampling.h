@@ -1,6 +1,6 @@
 // Drawing a token from logits; runtime/sampling.py has the definition and the words.
 #pragma once
-#include <cstdint>
+#include "kernels.h"
 
 namespace d2moe {
 
@@ -11,6 +11,6 @@ struct Cuts {
 };
 
 // The token that `uniform` of [0, 1) draws; -1 if the largest logit is not finite or something is not a number.
-int64_t draw(const float* logits, int64_t n, const Cuts& cuts, double uniform);
+int64_t draw(const KernelTable& k, const float* logits, int64_t n, const Cuts& cuts, double uniform);
 
 } // namespace d2moe

@@ -199,30 +199,37 @@ class Sampler:
         return changed
 
 
-def candidates(logits: F32, params: SamplingParams) -> tuple[I64 | None, F64]:
-    """Token ids that survive steps 4 to 7 and their relative weights (likeliest near 1); ids None means all, in order.
+def exponential(x: F32) -> F32:
+    """exp of x float32, at most 0, bit for bit that of the kernels (`exponential` in csrc/kernels_scalar.cpp): off by 2e-6 at most,
+    so that a seed draws the same token on every machine."""
+    x = np.maximum(x, np.float32(-150))
+    n = np.rint(x * np.float32(1.44269504))
+    r = x - n * np.float32(0.693359375)
+    r = r - n * np.float32(-2.12194440e-4)
+    p = np.full_like(x, 1 / 720)
+    for c in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+        p = p * r + np.float32(c)
+    weights: F32 = np.ldexp(p, n.astype(np.int32))
+    return weights
 
-    Only tokens that could still be inside the top_p set are sorted: few, unless the distribution is nearly flat.
-    """
-    top = float(np.max(logits))
-    _check_finite(top)
+
+def candidates(logits: F32, params: SamplingParams) -> tuple[I64 | None, F32]:
+    """Token ids, ascending, that survive steps 4 to 7 and their relative weights (1 for the likeliest); ids None means all."""
+    top = np.max(logits)
+    _check_finite(float(top))
     ids: I64 | None = None
     scores = logits
     if 0 < params.top_k < logits.size:
         kth = np.partition(logits, logits.size - params.top_k)[logits.size - params.top_k]
         ids = np.flatnonzero(logits >= kth)
         scores = logits[ids]
-    weights = np.exp((scores.astype(np.float64) - top) / params.temperature)
+    weights = exponential((scores - top) * np.float32(1 / params.temperature))
     keep = None
     if params.top_p < 1.0:
-        # Tokens below (1 - p) of the mean weight hold less than 1 - p of the mass all together, so all of them go.
-        limit = (1.0 - params.top_p) * float(weights.sum())
-        keep = np.flatnonzero(weights >= max(limit / weights.size, params.min_p))
-        order = keep[np.argsort(-weights[keep], kind="stable")]
-        above = np.cumsum(weights[order]) - weights[order]  # mass of the likelier ones
-        inside = above < params.top_p * float(weights.sum())
-        inside[0] = True
-        keep = order[inside]
+        order = np.argsort(-weights, kind="stable")
+        sums = np.cumsum(weights[order], dtype=np.float64)
+        inside = sums - weights[order] < params.top_p * sums[-1]  # what is heavier does not make up top_p
+        keep = np.sort(order[inside & (weights[order] >= params.min_p)])
     elif params.min_p > 0.0:
         keep = np.flatnonzero(weights >= params.min_p)
     if keep is not None:
@@ -234,7 +241,7 @@ def candidates(logits: F32, params: SamplingParams) -> tuple[I64 | None, F64]:
 def draw_reference(logits: F32, params: SamplingParams, uniform: float) -> int:
     """The token that `uniform` of [0, 1) draws from logits float32 [vocab]: the definition of the compiled `draw`."""
     ids, weights = candidates(logits, params)
-    total = np.cumsum(weights)
+    total = np.cumsum(weights, dtype=np.float64)
     place = int(np.searchsorted(total, uniform * total[-1], side="right"))
     # Rounding can put the draw on the very end; the last token with any weight is the answer then.
     place = min(place, int(np.searchsorted(total, total[-1], side="left")))
