@@ -392,6 +392,7 @@ NB_MODULE(_native, m) {
       .def("log", [](PyExperts& e, bool on) { e.executor.log(on); }, "on"_a)
       .def("take_events", &PyExperts::take_events)
       .def_prop_ro("direct", [](const PyExperts& e) { return e.executor.direct(); })
+      .def_prop_ro("depth", [](const PyExperts& e) { return e.executor.depth(); }, "Reader threads that could be started.")
       .def_prop_ro("counters", [](const PyExperts& e) {
         const ExecutorCounters& c = e.executor.counters();
         return std::make_tuple(c.read_bytes, c.reads, c.stall_ns, c.compute_ns, c.calls);

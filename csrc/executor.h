@@ -70,6 +70,7 @@ public:
 
   const ExecutorCounters& counters() const { return counters_; }
   bool direct() const { return reader_.direct(); }
+  int depth() const { return reader_.depth(); }
 
 private:
   struct Expert {

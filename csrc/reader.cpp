@@ -5,6 +5,7 @@
 #include <cstring>
 #include <fcntl.h>
 #include <stdexcept>
+#include <system_error>
 #include <unistd.h>
 
 namespace d2moe {
@@ -35,7 +36,10 @@ Reader::Reader(const std::vector<std::string>& paths, bool direct, int depth) : 
     }
     files_.push_back(fd);
   }
-  for (int i = 0; i < depth; ++i) threads_.emplace_back([this, i] { work(i); });
+  try {
+    for (int i = 0; i < depth; ++i) threads_.emplace_back([this, i] { work(i); });
+  } catch (const std::system_error&) { // a limit on processes: go on with those that run
+  }
 }
 
 Reader::~Reader() {
@@ -49,6 +53,7 @@ Reader::~Reader() {
 }
 
 void Reader::submit(ReadRequest* request) {
+  if (threads_.empty()) return serve(*request, 0);
   {
     std::lock_guard<std::mutex> lock(mutex_);
     queue_.push_back(request);
@@ -71,27 +76,41 @@ void Reader::work(int lane) {
       request = queue_.front();
       queue_.pop_front();
     }
-    request->lane = lane;
-    request->begin_ns = steady_ns();
-    read(*request);
-    request->end_ns = steady_ns();
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      request->done.store(true, std::memory_order_release);
-      finished_.fetch_add(1, std::memory_order_release);
-    }
-    done_.notify_all();
+    serve(*request, lane);
   }
 }
 
-void Reader::read(ReadRequest& r) const {
+void Reader::serve(ReadRequest& request, int lane) {
+  request.lane = lane;
+  request.begin_ns = steady_ns();
+  read(request);
+  request.end_ns = steady_ns();
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    request.done.store(true, std::memory_order_release);
+    finished_.fetch_add(1, std::memory_order_release);
+  }
+  done_.notify_all();
+}
+
+void Reader::read(ReadRequest& r) {
   iovec left[kMaxPieces];
   int count = r.piece_count, first = 0;
   std::memcpy(left, r.pieces, sizeof(iovec) * size_t(count));
   const int fd = files_[size_t(r.file)];
+  bool refused = false;
   while (r.done_bytes < r.bytes) {
     const ssize_t n = preadv(fd, left + first, count - first, r.offset + r.done_bytes);
     if (n < 0 && errno == EINTR) continue;
+#ifdef O_DIRECT
+    if (n < 0 && errno == EINVAL && !refused) { // direct reads are refused here, or what is left after a short one is not aligned
+      refused = true;
+      const int flags = fcntl(fd, F_GETFL); // another thread may have been faster
+      if (flags >= 0 && (flags & O_DIRECT)) fcntl(fd, F_SETFL, flags & ~O_DIRECT);
+      direct_.store(false, std::memory_order_relaxed);
+      continue;
+    }
+#endif
     if (n < 0) {
       r.error = errno;
       return;
@@ -112,7 +131,7 @@ void Reader::read(ReadRequest& r) const {
   }
 #ifdef POSIX_FADV_DONTNEED
   // Through the page cache the budget would be spent twice, by us and by the kernel.
-  if (!direct_) posix_fadvise(fd, r.offset, r.bytes, POSIX_FADV_DONTNEED);
+  if (!direct()) posix_fadvise(fd, r.offset, r.bytes, POSIX_FADV_DONTNEED);
 #endif
 }
 

@@ -30,7 +30,8 @@ struct ReadRequest {
 // Opens the files and reads with `depth` threads of preadv. Completion order is not submission order.
 class Reader {
 public:
-  // Each file is opened with O_DIRECT if `direct`, and without where the filesystem refuses (see direct()).
+  // Each file is opened with O_DIRECT if `direct`, and without where the filesystem refuses (see direct()). Of `depth` threads those are
+  // used that the system lets start (see depth()); without any, submit reads itself.
   Reader(const std::vector<std::string>& paths, bool direct, int depth);
   ~Reader();
   Reader(const Reader&) = delete;
@@ -40,16 +41,18 @@ public:
   // Blocks until some request has finished since `seen` (a value of finished()).
   void wait(uint64_t seen);
   uint64_t finished() const { return finished_.load(std::memory_order_acquire); }
-  bool direct() const { return direct_; }
+  bool direct() const { return direct_.load(std::memory_order_relaxed); }
+  int depth() const { return int(threads_.size()); }
   const std::string& path(int file) const { return paths_[size_t(file)]; }
 
 private:
   void work(int lane);
-  void read(ReadRequest& request) const;
+  void serve(ReadRequest& request, int lane);
+  void read(ReadRequest& request);
 
   std::vector<std::string> paths_;
   std::vector<int> files_;
-  bool direct_;
+  std::atomic<bool> direct_;
   std::vector<std::thread> threads_;
   std::deque<ReadRequest*> queue_;
   bool stop_ = false;

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 #include <sys/mman.h>
+#include <system_error>
 
 namespace d2moe {
 namespace {
@@ -26,7 +27,10 @@ constexpr auto kSpin = std::chrono::microseconds(60); // a decode step's serial 
 Pool::Pool(int threads) {
   if (threads < 1) throw std::invalid_argument("a pool needs at least one thread");
   workers_.reserve(size_t(threads - 1));
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  try {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  } catch (const std::system_error&) { // a limit on processes: go on with those that run, see size()
+  }
 }
 
 Pool::~Pool() {

@@ -9,7 +9,8 @@
 
 namespace d2moe {
 
-// Fork-join over ranges. The caller works too; workers spin for some microseconds between jobs, then sleep.
+// Fork-join over ranges. The caller works too; workers spin for some microseconds between jobs, then sleep. Where the system lets fewer
+// threads start than were asked for, those do.
 class Pool {
 public:
   explicit Pool(int threads);

@@ -120,6 +120,7 @@ def announce(model: Model) -> None:
     """What the engine chose and why, on stderr."""
     from d2moe.evaluate.profile import known_profile
     from d2moe.runtime.config import show_bytes
+    from d2moe.runtime.memory import usable_cpus
 
     engine: Any = model.engine
     container = getattr(engine, "container", None)
@@ -129,11 +130,13 @@ def announce(model: Model) -> None:
     bits, experts = engine.config.bits, about["budget"]["experts"]
     whole = len(container.moe_layers) * container.experts * container.record.prefix_bytes(math.ceil(bits))
     profile = known_profile(container, engine.config.threads)
+    asked = engine.config.threads or usable_cpus()
+    fewer = "" if about["threads"] >= asked else f" (of {asked}: the system lets no more start)"
     how = "past the page cache" if about["direct"] else "through the page cache"
     why = profile.facts["chosen"]["why"] if profile else f'not measured yet, "d2moe profile {container.path.name}" does'
     fits = "all experts fit" if experts >= whole else f"{show_bytes(experts)} for {show_bytes(whole)} of experts"
     click.echo(
-        f"{container.path.name}: {bits:g} bits, {fits}; kernels {about['kernels']}, {about['threads']} threads; policy {about['policy']}; "
+        f"{container.path.name}: {bits:g} bits, {fits}; kernels {about['kernels']}, {about['threads']} threads{fewer}; policy {about['policy']}; "
         f"reads {how}, {about['read_depth']} in flight ({why})",
         err=True,
     )

@@ -295,7 +295,7 @@ class Experts:
         self.runtime, self.f = runtime, facts
         self.widths: dict[tuple[int, int], int] = {}
         self.read_bytes = self.reads = self.calls = 0
-        self.direct = False
+        self.direct, self.depth = False, 1
 
     @property
     def counters(self) -> tuple[int, int, int, int, int]:

@@ -62,6 +62,7 @@ class Engine:
             threads=threads,
             where=where,
         )
+        memory.check_allowed(self.budget.fixed + self.budget.experts, where)
         chunk = self.budget.chunk_tokens
         scratch = memory.scratch_bytes(shape, record.group, chunk, self.context, threads)
         backend: Any = reference
@@ -146,7 +147,7 @@ class Engine:
         valuable planes first.
 
         Only the experts' share changes; it is all that is left then, whatever `expert_memory_bytes` was. MemoryBudgetError, and no
-        change, if it would not hold one expert.
+        change, if it would not hold one expert or is more than a cgroup allows.
         """
         record = self.container.record
         least = self.budget.fixed + record.record_bytes
@@ -156,6 +157,7 @@ class Engine:
                 f"{show_bytes(least)} as long as the model stays loaded"
             )
         experts = min(n_bytes - self.budget.fixed, record.record_bytes * self.ledger.layers * self.ledger.experts)
+        memory.check_allowed(self.budget.fixed + experts, self.container.path.name)
         self.ledger.limit_bytes = experts
         freed = self.ledger.make_room(0, 0, set()) or {}
         if freed:
@@ -297,7 +299,7 @@ class Engine:
             "kv": self.config.kv,
             "threads": self.runtime.threads,
             "direct": bool(self.experts.direct),
-            "read_depth": self.config.read_depth,
+            "read_depth": int(self.experts.depth),
             "context": self.context,
             "budget": self.budget.as_dict(),
         }

@@ -50,14 +50,30 @@ def available_bytes() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
+    for limit, used in _memory_limits():
+        free = min(free, limit - used)
+    return max(free, 0)
+
+
+def check_allowed(n_bytes: int, where: str) -> None:
+    """MemoryBudgetError if the cgroup of this process, or one above it, would end it before it holds `n_bytes`."""
+    allowed = min((limit for limit, _ in _memory_limits()), default=n_bytes)
+    if n_bytes > allowed:
+        raise MemoryBudgetError(
+            f"{where}: a budget of {show_bytes(n_bytes)} is more than a cgroup allows this process, {show_bytes(allowed)}; "
+            "give less memory, or raise the cgroup's limit"
+        )
+
+
+def _memory_limits() -> Iterator[tuple[int, int]]:
+    """Limit and use in bytes of this process's cgroup and every cgroup above it that has a limit, version 2 and version 1."""
     names = {"": ("memory.max", "memory.current"), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}
     for controller, (limit, usage) in names.items():
         for folder in cgroup_folders(controller):
             try:
-                free = min(free, int((folder / limit).read_text()) - int((folder / usage).read_text()))
+                yield int((folder / limit).read_text()), int((folder / usage).read_text())
             except (OSError, ValueError):
                 continue
-    return max(free, 0)
 
 
 def usable_cpus() -> int:

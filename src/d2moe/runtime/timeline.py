@@ -6,8 +6,11 @@ a step runs; they are written after it, so that a run that is broken off leaves 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
+import warnings
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,8 @@ STEPS, DECISIONS, EXPERTS, READERS = 1, 2, 3, 10
 
 
 class Timeline:
-    """Writes to `path` until `close`. ConfigError where it cannot be written or the back end keeps no log."""
+    """Writes to `path` until `close`, or until the disk is full, which is a warning. ConfigError where it cannot be written from the
+    start or the back end keeps no log."""
 
     def __init__(self, path: str | Path, experts: Any):
         if not hasattr(experts, "log"):
@@ -31,7 +35,7 @@ class Timeline:
             self._file = Path(path).open("w")  # noqa: SIM115 - open until close()
         except OSError as error:
             raise ConfigError(f"timeline {path} cannot be written: {error.strerror}") from None
-        self._experts = experts
+        self._path, self._experts = path, experts
         self._decisions: list[dict[str, Any]] = []
         self._lanes: set[int] = set()
         experts.log(True)
@@ -59,8 +63,19 @@ class Timeline:
                 events.append(_slice(EXPERTS, f"layer {layer}: {what} bits", begin, end, experts=[r[2] for r in group]))
             else:
                 events += [self._read(row) for row in group]
-        self._file.writelines(json.dumps(event) + ",\n" for event in events)
-        self._file.flush()
+        try:
+            self._file.writelines(json.dumps(event) + ",\n" for event in events)
+            self._file.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """The run is worth more than its timeline."""
+        warnings.warn(f"timeline {self._path} cannot be written: {error.strerror}; the run goes on without", stacklevel=2)
+        self._experts.log(False)
+        with contextlib.suppress(OSError):  # what is still buffered
+            self._file.close()
+        self._file = Path(os.devnull).open("w")  # noqa: SIM115
 
     def _read(self, row: list[int]) -> dict[str, Any]:
         _, layer, expert, have, bits, lane, begin, end = row
@@ -78,7 +93,11 @@ class Timeline:
     def close(self) -> None:
         self._experts.log(False)
         end = {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "d2moe"}}
-        self._file.write(json.dumps(end) + "\n]\n")
+        try:
+            self._file.write(json.dumps(end) + "\n]\n")
+            self._file.flush()
+        except OSError as error:
+            self._give_up(error)
         self._file.close()
 
 
