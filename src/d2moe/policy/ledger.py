@@ -1,17 +1,17 @@
 """The one bookkeeping of residency: how many bits of each expert are in memory, under a byte limit.
 
-Planes of an expert are resident as a prefix, so one small integer per expert says all. What a plane is worth is its
-decayed demand: every token that wants a plane adds 2**(now/half-life) to its value, kept as a base-2 logarithm so that
-older demands fade without touching the table. By nesting, whoever wants a plane wants all lower ones, so a lower plane
-is never worth less than a higher one: evicting the least valuable plane first, the higher one among equals, is the
+Planes of an expert are resident as a prefix, so one small integer per expert says all. What a plane is worth is the demand that its
+layer's next call will probably have for it: the share of tokens that wanted it over the long run, decayed, and a part of the share in the
+layer's last call, because what a token wanted the next one often wants again. By nesting, whoever wants a plane wants all lower
+ones, so a lower plane is never worth less than a higher one: evicting the least valuable plane first, the higher one among equals, is the
 paper's "highest bit first, base last" (arXiv 2504.15299, section on the memory budget) and keeps whole experts
 together when all tokens ask for the same width.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+import heapq
+from collections.abc import Callable, Collection
 
 import numpy as np
 import numpy.typing as npt
@@ -21,14 +21,15 @@ from d2moe.types import BASE_BITS, MAX_BITS
 I32 = npt.NDArray[np.int32]
 F64 = npt.NDArray[np.float64]
 
-HALF_LIFE = 8
-"""Turns through all layers after which a demand counts half (docs/log.md)."""
+HALF_LIFE = 64
+"""Calls of its layer after which a demand counts half in the long run (docs/log.md)."""
+LAST_CALL = 0.2
+"""What the share of tokens in the last call counts beside the one of the long run."""
 SEGMENTS = MAX_BITS - BASE_BITS + 1
-VICTIM_BATCH = 128
-LEAST_BATCH = 8
-"""Victims that are taken at once although what was touched since may be worth less."""
 NOTED_CALLS = 64
 """Runs of layer calls whose demand waits to be worked into the values; bounds what they hold."""
+TURN = 1e-6
+"""Breaks ties between layers that take turns."""
 
 
 class Ledger:
@@ -42,18 +43,18 @@ class Ledger:
         self.prefix_bytes = np.array(
             [0, 0, *(base_bytes + plane_bytes * i for i in range(SEGMENTS))], np.int64
         )  # by width in bits
-        self._value = np.full((layers, experts, SEGMENTS), -np.inf)
-        self._now = 0
-        self._half_life = HALF_LIFE * layers
+        self._demand = np.zeros((layers, experts, SEGMENTS))
+        self._tokens = np.zeros((layers, 1, 1))
+        """Decayed numbers of tokens: those that wanted each plane, and all."""
+        self._worth = np.zeros((layers, experts, SEGMENTS))
         self._noted: list[tuple[int, I32, I32]] = []
-        self._victims: deque[tuple[int, float]] = deque()
+        self._queues: list[list[tuple[float, int]] | None] = [None] * layers
+        """Of each layer the (worth, place) of its resident planes, the one to go first at the end; None where it has to be sorted anew."""
         self.takes_turns = False
         """Whether every step wants every expert, layer by layer, as of a dense model: the latest use is then the farthest next one."""
         self.rank: Callable[[int], F64] | None = None
         """A policy's own order: what each expert [layers, experts] is worth while a layer is planned. The least goes first, whole;
         infinite stays."""
-        # Among equal values the higher plane goes first.
-        self._tie = np.arange(SEGMENTS) * -1e-9
 
     def touch(self, first_layer: int, ids: I32, bits: I32) -> None:
         """Note the demand of the layer calls `ids` int32 [layers, tokens, top_k] of the layers from `first_layer` on, at
@@ -66,49 +67,46 @@ class Ledger:
             self._value_noted()
 
     def _value_noted(self) -> None:
-        """Add 2**(now/half-life) of each noted call to the values of the planes it wanted."""
-        if not self._noted:
-            return
-        keys, widths, nows = [], [], []
+        """Work the noted calls into what the planes of their layers are worth."""
+        fade = 2.0 ** (-1 / HALF_LIFE)
         for first, ids, bits in self._noted:
             layers, tokens, top_k = ids.shape
-            number = np.repeat(np.arange(layers), tokens * top_k)
-            key, width = (first + number) * self.experts + ids.reshape(-1), bits.reshape(-1)
-            keys.append(key)
-            widths.append(width)
-            nows.append(self._now + 1 + number)
-            self._now += layers
+            place = ids * SEGMENTS + (bits - BASE_BITS)
+            if layers > 1:
+                place += np.arange(0, layers * self.experts * SEGMENTS, self.experts * SEGMENTS, np.int32)[:, None, None]
+            wanted = np.bincount(place.reshape(-1), minlength=layers * self.experts * SEGMENTS).reshape(layers, self.experts, SEGMENTS)
+            wanted = wanted[..., ::-1].cumsum(axis=2)[..., ::-1]  # who wants a plane wants all lower ones
+            part = slice(first, first + layers)
+            demand, seen = self._demand[part], self._tokens[part]
+            demand *= fade
+            demand += wanted
+            seen *= fade
+            seen += tokens
+            self._worth[part] = demand / seen + (LAST_CALL / tokens) * wanted
+            self._queues[part] = [None] * layers
         self._noted.clear()
-        planes, place = np.unique(np.concatenate(keys), return_inverse=True)
-        place = place * SEGMENTS + np.concatenate(widths) - BASE_BITS
-        age = (np.concatenate(nows) - self._now) / self._half_life
-        weight = np.bincount(place, np.exp2(age), len(planes) * SEGMENTS).reshape(-1, SEGMENTS)
-        weight = weight[:, ::-1].cumsum(axis=1)[:, ::-1]  # who wants a plane wants all lower ones
-        values = self._value.reshape(-1, SEGMENTS)
-        with np.errstate(divide="ignore"):
-            values[planes] = np.logaddexp2(values[planes], self._now / self._half_life + np.log2(weight))
 
     def heat(self) -> npt.NDArray[np.float64]:
-        """float64 [layers, experts]: the share of recent steps that wanted each expert, the latest counting most."""
+        """float64 [layers, experts]: the share of recent tokens that wanted each expert, the latest counting most."""
         self._value_noted()
-        # What an expert that every step wants comes to.
-        full = 1 / (1 - 2.0 ** (-1 / HALF_LIFE))
-        share: npt.NDArray[np.float64] = np.exp2(self._value[..., 0] - self._now / self._half_life) / full
+        share: npt.NDArray[np.float64] = self._demand[..., 0] / np.maximum(self._tokens[..., 0], 1)
         return share
 
     def grow(self, layer: int, expert: int, bits: int) -> None:
         """The expert now has (or is being read up to) `bits`."""
-        have = self.width[layer, expert]
-        if bits > have:
-            self.used_bytes += int(self.prefix_bytes[bits] - self.prefix_bytes[have])
-            self.width[layer, expert] = bits
+        if bits > self.width[layer, expert]:
+            self._set(layer, expert, bits)
+            self._queues[layer] = None
 
     def shrink(self, layer: int, expert: int, bits: int) -> None:
         """Only `bits` of the expert stay."""
-        have = self.width[layer, expert]
-        if bits < have:
-            self.used_bytes -= int(self.prefix_bytes[have] - self.prefix_bytes[bits])
-            self.width[layer, expert] = bits
+        if bits < self.width[layer, expert]:
+            self._set(layer, expert, bits)
+            self._queues[layer] = None
+
+    def _set(self, layer: int, expert: int, bits: int) -> None:
+        self.used_bytes += int(self.prefix_bytes[bits] - self.prefix_bytes[self.width[layer, expert]])
+        self.width[layer, expert] = bits
 
     def make_room(self, n_bytes: int, pinned_layer: int, pinned: set[int]) -> dict[tuple[int, int], int] | None:
         """Shrink the least valuable experts until `n_bytes` more fit; returns {(layer, expert): bits that stay}.
@@ -125,15 +123,35 @@ class Ledger:
             return None
         if self.rank is not None:
             return self._evict_whole(n_bytes, self.rank(pinned_layer), pinned_layer, pinned)
+        self._queues[pinned_layer] = self._queue(pinned_layer, pinned)
+        queues = [self._queue(layer) if queue is None else queue for layer, queue in enumerate(self._queues)]
+        turns = [TURN * ((pinned_layer - layer) % self.layers) if self.takes_turns else 0.0 for layer in range(self.layers)]
+        heads = [(queue[-1][0] + turns[layer], layer) for layer, queue in enumerate(queues) if queue]
+        heapq.heapify(heads)
         out: dict[tuple[int, int], int] = {}
-        if self.takes_turns:
-            self._victims.clear()  # each layer call turns the order
         while self.used_bytes + n_bytes > self.limit_bytes:
-            layer, expert, segment = self._next_victim(pinned_layer, pinned)
+            layer = heads[0][1]
+            expert, segment = divmod(queues[layer].pop()[1], SEGMENTS)
             bits = segment + BASE_BITS - 1 if segment else 0
-            self.shrink(layer, expert, bits)
+            self._set(layer, expert, bits)
             out[layer, expert] = bits
+            if queues[layer]:
+                heapq.heapreplace(heads, (queues[layer][-1][0] + turns[layer], layer))
+            else:
+                heapq.heappop(heads)
+        self._queues[:] = queues
+        self._queues[pinned_layer] = None  # the pinned ones are missing in it
         return out
+
+    def _queue(self, layer: int, without: Collection[int] = ()) -> list[tuple[float, int]]:
+        """(worth, place) of the layer's resident planes, the least valuable last and higher planes after lower ones."""
+        held = np.arange(SEGMENTS) <= (self.width[layer] - BASE_BITS)[:, None]
+        if without:
+            held[list(without)] = False
+        places = np.flatnonzero(held)
+        worth = self._worth[layer].reshape(-1)[places]
+        order = np.argsort(-worth, kind="stable")
+        return list(zip(worth[order].tolist(), places[order].tolist(), strict=True))
 
     def _evict_whole(
         self, n_bytes: int, worth: F64, pinned_layer: int, pinned: set[int]
@@ -150,33 +168,3 @@ class Ledger:
             self.shrink(layer, expert, 0)
             out[layer, expert] = 0
         return out
-
-    def _next_victim(self, pinned_layer: int, pinned: set[int]) -> tuple[int, int, int]:
-        """The least valuable resident plane that is not pinned; candidates are found a batch at a time."""
-        for fresh in range(3):
-            while self._victims:
-                flat, value = self._victims.popleft()
-                layer, rest = divmod(flat, self.experts * SEGMENTS)
-                expert, segment = divmod(rest, SEGMENTS)
-                resident = self.width[layer, expert] - BASE_BITS == segment
-                if resident and self._value[layer, expert, segment] == value:
-                    if layer == pinned_layer and expert in pinned:
-                        continue
-                    return layer, expert, segment
-            worth = self._value + self._tie
-            if self.takes_turns:  # of equal demand, values fall with the calls since the last use: let them rise as much
-                age = (pinned_layer - np.arange(self.layers)) % self.layers
-                worth += (2 * age / self._half_life)[:, None, None]
-            key = np.where(np.arange(SEGMENTS) <= (self.width - BASE_BITS)[..., None], worth, np.inf)
-            if fresh:
-                key[pinned_layer, list(pinned)] = np.inf
-            flat_key = key.reshape(-1)
-            count = min(VICTIM_BATCH if fresh < 2 else flat_key.size, flat_key.size)
-            order = np.argpartition(flat_key, count - 1)[:count]
-            order = order[np.argsort(flat_key[order], kind="stable")]
-            values = self._value.reshape(-1)
-            # What is touched later will be worth at least a demand of now, so below that the order stays right.
-            safe = int(np.searchsorted(flat_key[order], self._now / self._half_life))
-            order = order[: max(safe, LEAST_BATCH)] if fresh < 2 else order
-            self._victims.extend((int(i), float(values[i])) for i in order if np.isfinite(flat_key[i]))
-        raise AssertionError("make_room checked that there are victims")
