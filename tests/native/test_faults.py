@@ -44,7 +44,8 @@ def answer(engine, sequence=None):
     return np.concatenate(rows).tobytes()
 
 def load(**options):
-    return Engine.load(os.environ.get("MODEL") or d2moe.builtin_model(), EngineConfig(context=256, expert_memory_bytes=1_000_000, **options))
+    options = {"context": 256, "expert_memory_bytes": 1_000_000, **options}
+    return Engine.load(os.environ.get("MODEL") or d2moe.builtin_model(), EngineConfig(**options))
 """
 
 
@@ -53,7 +54,8 @@ def shim(tmp_path_factory):
     compiler = shutil.which(os.environ.get("CC", "cc"))
     assert compiler, "a C compiler is needed"
     library = tmp_path_factory.mktemp("faults") / "faults.so"
-    subprocess.run([compiler, "-O1", "-Wall", "-Werror", "-shared", "-fPIC", Path(__file__).with_name("faults.c"), "-o", library], check=True)
+    source = Path(__file__).with_name("faults.c")
+    subprocess.run([compiler, "-O1", "-Wall", "-Werror", "-shared", "-fPIC", source, "-o", library], check=True)
     return library
 
 
@@ -79,7 +81,6 @@ def test_an_error_of_the_disk_is_one_error(run):
 with load() as engine:
     expected = answer(engine)
     sequence = engine.new_sequence()
-    held = engine.ledger.used_bytes
     for _ in range(5):
         engine.step([Chunk(sequence, tokens[:20], 3, "none")])
         length = sequence.length
@@ -93,8 +94,9 @@ with load() as engine:
         assert shim.fault_hits() >= 1 and sequence.length == length
         shim.fault(0)
         sequence.free()
-        widths = sum(int(engine.ledger.prefix_bytes[engine.experts.width(l, e)]) for l in range(engine.ledger.layers) for e in range(engine.ledger.experts))
-        assert widths == engine.ledger.used_bytes <= engine.ledger.limit_bytes
+        ledger = engine.ledger
+        held = [int(ledger.prefix_bytes[engine.experts.width(l, e)]) for l in range(ledger.layers) for e in range(ledger.experts)]
+        assert sum(held) == ledger.used_bytes <= ledger.limit_bytes
         assert answer(engine) == expected
 """)
 
@@ -198,8 +200,8 @@ assert before - resident_bytes() > 0.8 * held, (before, resident_bytes(), held)
 def test_ctrl_c_ends_a_run_of_the_command(shim, tmp_path):
     """`d2moe run` with a slow disk: one line, status 130, at once."""
     process = subprocess.Popen(
-        [sys.executable, "-u", "-c", "import sys, d2moe.cli; sys.exit(d2moe.cli.main())", "run", "builtin", "Once upon a time"]
-        + ["--expert-memory", "1MB", "--max-tokens", "900"],
+        [sys.executable, "-u", "-c", "import sys, d2moe.cli; sys.exit(d2moe.cli.main())",
+         "run", "builtin", "Once upon a time", "--expert-memory", "1MB", "--max-tokens", "900"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"LD_PRELOAD": str(shim)},
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.read(1)

@@ -64,7 +64,7 @@ def test_simulator_and_engine_agree_to_the_byte(policy, tokens, played):
         assert found.hit_rate == expected.hit_rate
 
 
-CHANGES_LOGITS = ("edgemoe", "hobbit", "adapmoe", "priority")
+CHANGES_LOGITS = ("resident-first", "edgemoe", "hobbit", "adapmoe", "priority")
 
 
 @pytest.mark.parametrize("policy", [p for p in ONLINE if p not in CHANGES_LOGITS])
@@ -179,3 +179,34 @@ def test_a_dense_model_keeps_what_fits(tokens, tmp_path):
     best = simulate(trace, DEVICE, memory, policy="belady").total.hit_rate
     assert hits["lru"] == 0 and best - 0.06 < hits["hebf"] and best > 0.3
     assert np.array_equal(rows["hebf"], rows["lru"])
+
+
+def test_resident_first_reads_less_and_uses_what_is_there(tokens):
+    """Every miss of a light choice is its base at most, and what is resident is never computed narrower."""
+    found = {}
+    for policy in ("hebf", "resident-first"):
+        with Engine.load(MODEL, EngineConfig(context=256, expert_memory_bytes=2_000_000, policy=policy, uniform=True)) as engine:
+            sequence = engine.new_sequence()
+            real, seen = engine.policy.choose, []
+
+            def choose(layer, ids, bits, gates, real=real, seen=seen, engine=engine):
+                have = engine.ledger.width[layer, ids].copy()
+                chosen, left = real(layer, ids, bits, gates)
+                seen.append((have, bits.copy(), np.asarray(chosen).copy(), gates.copy()))
+                return chosen, left
+
+            engine.policy.choose = choose
+            for i, token in enumerate(tokens[:100]):
+                engine.step([Chunk(sequence, [token], 6 if i % 5 == 0 else 4, "last", uniform=True)])
+            found[policy] = engine.counters.read_bytes
+    assert found["resident-first"] < 0.85 * found["hebf"], found
+    wider = 0
+    for have, asked, chosen, gates in seen:
+        assert (chosen >= have).all() and (chosen >= 2).all() and (chosen <= np.maximum(have, asked)).all()
+        heavy = gates == gates.max(1, keepdims=True)
+        assert (chosen[heavy] >= asked[heavy]).all()
+        share = np.sort(gates / gates.sum(1, keepdims=True), 1)[:, ::-1]
+        light = (gates == gates.min(1, keepdims=True)) & (share[:, :1] >= 0.5)
+        assert (chosen[light] == np.maximum(have[light], 2)).all()
+        wider += int((chosen > asked).sum())
+    assert wider, "planes beyond the width asked for were there and were used"

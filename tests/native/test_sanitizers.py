@@ -22,7 +22,8 @@ def test_streaming_under_a_sanitizer(name, tmp_path):
     trial = tmp_path / "trial.cpp"
     trial.write_text("int main() {}")
     compiler = os.environ.get("CXX", "c++")
-    made = subprocess.run([compiler, f"-fsanitize={WITH[name]}", trial, "-o", tmp_path / "trial"], capture_output=True, text=True, check=False)
+    command = [compiler, f"-fsanitize={WITH[name]}", trial, "-o", tmp_path / "trial"]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode or subprocess.run([*run, tmp_path / "trial"], capture_output=True, check=False).returncode:
         pytest.skip(f"the streaming core under {name} sanitizer is NOT TESTED: {compiler} lacks it. {made.stderr[-200:]}")
     build = ROOT / "build" / f"tests-{name}"

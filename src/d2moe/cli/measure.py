@@ -28,6 +28,11 @@ from d2moe.cli.shared import (
 @click.option("--stride", type=click.IntRange(min=1), help="Tokens from window to window [default: --context].")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Score only the first so many tokens.")
 @click.option(
+    "--chunk-tokens",
+    type=click.IntRange(min=1),
+    help="Tokens fed at a time [default: as many as memory allows]; 1 is as in generation, to see what a policy costs there.",
+)
+@click.option(
     "--reference",
     type=click.Path(exists=True, file_okay=False),
     help="Also score with transformers in float32 on this Hugging Face checkpoint (needs d2moe[torch]).",
@@ -38,6 +43,7 @@ def perplexity(
     context: int,
     stride: int | None,
     max_tokens: int | None,
+    chunk_tokens: int | None,
     reference: str | None,
     **engine: Any,
 ) -> None:
@@ -50,6 +56,7 @@ def perplexity(
     \b
     Examples:
       d2moe eval perplexity builtin --text wiki.txt --bits 3
+      d2moe eval perplexity builtin --text wiki.txt --expert-memory 4MB --policy resident-first --chunk-tokens 1 --max-tokens 4096
       d2moe eval perplexity my.d2moe --text wiki.txt --max-tokens 119808 --reference checkpoint/
     """
     from d2moe.cli.progress import Bar
@@ -63,7 +70,7 @@ def perplexity(
         raise click.BadParameter(
             f"{step} is more than --context {context}, which would skip text", param_hint="--stride"
         )
-    with contextlib.closing(open_model(path, {**engine, "context": context})) as m:
+    with contextlib.closing(open_model(path, {**engine, "context": context, "chunk_tokens": chunk_tokens})) as m:
         tokenizer = m.tokenizer
         tokens = tokenizer.encode(content)
         with Bar(f"perplexity of {path.name}") as bar:
@@ -73,6 +80,7 @@ def perplexity(
         kernels, dial = m.engine.describe().get("kernels"), m.engine.config.bits
     rows = [_row(path.name, found)]
     line: dict[str, Any] = {**found.as_dict(), "model": str(path), "text": text, "kernels": kernels, "dial": dial}
+    line["policy"] = engine["policy"] or "hebf"
     if reference is not None:
         from d2moe.evaluate.reference import reference_perplexity
 
@@ -97,15 +105,18 @@ def perplexity(
     print_table(
         f"{Path(text).name}: windows of {context} tokens every {step}, {found.tokens:,} tokens scored",
         rows,
-        ("model", "bits", "perplexity", "bits per byte", "tokens/s"),
+        ("model", "bits", "perplexity", "bits per byte", "tokens/s", "read per token"),
     )
     print_json(line)
 
 
 def _row(name: str, found: Any) -> tuple[str, ...]:
+    from d2moe.runtime.config import show_bytes
+
     bits = "-" if found.bits is None else f"{found.bits:.4g}"
     speed = found.tokens / found.seconds if found.seconds > 0 else 0.0
-    return (name, bits, f"{found.perplexity:.4f}", f"{found.bits_per_byte:.4f}", f"{speed:.0f}")
+    read = show_bytes(found.read_bytes / found.tokens)
+    return (name, bits, f"{found.perplexity:.4f}", f"{found.bits_per_byte:.4f}", f"{speed:.0f}", read)
 
 
 @click.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
@@ -87,6 +88,11 @@ def _profile_rows(found: Any) -> list[tuple[str, str]]:
 )
 @click.option("--target", type=click.FloatRange(min=0, min_open=True), metavar="TOKENS/S", help="Say what reaches this speed.")
 @click.option("--trace", "trace_file", type=click.Path(exists=True, dir_okay=False), help="Routing of a real run [default: made up].")
+@click.option(
+    "--optimize", is_flag=True, help="Search the widths, by token and expert, that lose least and reach --target or --target-bytes."
+)
+@click.option("--target-bytes", metavar="SIZE", help="With --optimize: read at most so much a token, as 40MB.")
+@click.option("--write", is_flag=True, help="With --optimize: put the width router made from measured losses into MODEL, which has none.")
 @click.option("--context", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens a sequence may hold.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads [default: all CPUs this process may use].")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per budget and width instead of a table.")
@@ -97,6 +103,9 @@ def plan(
     widths: tuple[int, ...],
     target: float | None,
     trace_file: str | None,
+    optimize: bool,
+    target_bytes: str | None,
+    write: bool,
     context: int,
     threads: int | None,
     as_json: bool,
@@ -106,10 +115,14 @@ def plan(
     MODEL is a converted model, or the config.json of one that is not at hand. Speeds are simulated for one sequence, with routing that
     is made up with the statistics of real models unless --trace has some; "-" does not fit. A device known by two bandwidths is a guess.
 
+    With --optimize it says which --bits to give instead: the widest average whose widths, spent by the model's width router, or by one made
+    from the losses that calibration measured, reach the target.
+
     \b
     Examples:
       d2moe plan Qwen3-30B-A3B/config.json --device io=3.5GB,memory=60GB
       d2moe plan olmoe.d2moe --memory 2GB --memory 4GB --target 10
+      d2moe plan olmoe.d2moe --memory 2GB --optimize --target 10 --trace wiki.npz
     """
     from d2moe.cli.progress import Bar
     from d2moe.container import Container
@@ -121,6 +134,10 @@ def plan(
     from d2moe.simulate.plan import default_budgets
     from d2moe.simulate.plan import plan as run
 
+    if (target_bytes or write) and not optimize:
+        raise click.UsageError("--target-bytes and --write are for --optimize; add it")
+    if optimize and (trace_file is None or (target is None and target_bytes is None) or widths):
+        raise click.UsageError("--optimize needs --trace and --target or --target-bytes, and finds --bits itself")
     path = model_path(model)
     facts = model_facts(path)
     context = min(context, facts.shape.context)
@@ -135,6 +152,13 @@ def plan(
         trace.check(len(facts.shape.moe_layers), facts.shape.experts, facts.shape.top_k, str(path))
     cpus = threads or usable_cpus()
     budgets = [parse_bytes(m) for m in memories] or default_budgets(facts, context, cpus)
+    if optimize:
+        assert trace is not None
+        most = float(parse_bytes(target_bytes, "target-bytes") if target_bytes else "inf")
+        limits = {"tokens_per_s": target or 0.0, "bytes_per_token": most}
+        target_device = stored or facts.device(str(device), 5)
+        _optimize(path, facts, target_device, budgets, trace, limits, context, cpus, write, as_json)
+        return
     bits = widths or (2, 3, 4, 6, 8)
     with Bar("planning") as bar:
         found = run(
@@ -163,3 +187,58 @@ def _advice(fits: list[Any], target: float, show: Any) -> str:
         return f"nothing of this reaches {target:g} tokens/s; allow more memory or fewer bits"
     best = min(fits, key=lambda c: (-c.bits, c.memory_bytes))
     return f"{target:g} tokens/s with the least loss: {best.bits} bits in {show(best.memory_bytes)}, {best.tokens_per_s:.2f} tokens/s"
+
+
+def _optimize(
+    path: Path, facts: Any, device: Any, budgets: list[int], trace: Any, limits: dict[str, Any], context: int, threads: int,
+    write: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """The widest average and the widest plain width that reach the limits, by budget of the whole process."""
+    from d2moe.cli.progress import Bar
+    from d2moe.container import Container, read_router, write_router
+    from d2moe.errors import MemoryBudgetError
+    from d2moe.runtime.config import EngineConfig, show_bytes
+    from d2moe.simulate.optimize import from_losses, optimise
+    from d2moe.simulate.plan import experts_bytes
+
+    container = Container.open(path)
+    router = read_router(container)
+    if write and router is not None:
+        raise ConfigError(f'{path} has a width router, which is used; "d2moe route remove {path}" takes it out, to --write another')
+    made = router is None
+    router = router or from_losses(container, trace)
+    rows, done = [], 0
+    with Bar("searching") as bar:
+        for number, budget in enumerate(budgets):
+
+            def advance(number: int = number) -> None:
+                nonlocal done
+                done += 1
+                bar(min(done, 12 * number + 11), 12 * len(budgets))
+
+            try:
+                memory = experts_bytes(facts, EngineConfig(memory_bytes=budget, bits=MAX_BITS, context=context), threads)
+                best, plain = optimise(trace, router, device, memory, progress=advance, **limits)
+            except MemoryBudgetError:
+                best = plain = None
+            rows.append((show_bytes(budget), *_outcome(best), *_outcome(plain)[:1], *_outcome(plain)[3:]))
+            if as_json:
+                found = {name: None if o is None else asdict(o) for name, o in (("routed", best), ("plain", plain))}
+                print_json({"memory_bytes": budget, **limits, **found})
+    if not as_json:
+        head = ("memory", "--bits", "tokens/s", "read per token", "loss", "plain width", "its loss")
+        print_table(f"{facts.name}: the widest average that reaches the target, beside one width for all", rows, head)
+    if write:
+        about = {"method": "losses", "teacher": "calibration", "tokens": trace.tokens}
+        write_router(path, router, about)
+        click.echo(f"{path}: the width router from measured losses was written, so --bits takes any number", err=True)
+    elif made:
+        click.echo(f"{path} has no width router; --write puts the one from measured losses into it, then --bits takes any number", err=True)
+
+
+def _outcome(found: Any) -> tuple[str, str, str, str]:
+    from d2moe.runtime.config import show_bytes
+
+    if found is None:
+        return ("-", "-", "-", "-")
+    return (f"{found.bits:g}", f"{found.tokens_per_s:.2f}", show_bytes(found.bytes_per_token), f"{found.loss:.4g}")

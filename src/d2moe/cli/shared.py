@@ -136,8 +136,8 @@ def announce(model: Model) -> None:
     why = profile.facts["chosen"]["why"] if profile else f'not measured yet, "d2moe profile {container.path.name}" does'
     fits = "all experts fit" if experts >= whole else f"{show_bytes(experts)} for {show_bytes(whole)} of experts"
     click.echo(
-        f"{container.path.name}: {bits:g} bits, {fits}; kernels {about['kernels']}, {about['threads']} threads{fewer}; policy {about['policy']}; "
-        f"reads {how}, {about['read_depth']} in flight ({why})",
+        f"{container.path.name}: {bits:g} bits, {fits}; kernels {about['kernels']}, {about['threads']} threads{fewer}; "
+        f"policy {about['policy']}; reads {how}, {about['read_depth']} in flight ({why})",
         err=True,
     )
 

@@ -35,14 +35,15 @@ def demand(ids: I32, bits: I32, experts: int) -> tuple[I32, I32, I32]:
     return found, most[found], counts[found].astype(np.int32)
 
 
-def plan(ledger: Ledger, layer: int, ids: I32, bits: I32) -> Plan:
-    """Plan one layer for expert choices `ids` and widths `bits`, both int32 [tokens, top_k]; updates the ledger.
+def plan(ledger: Ledger, layer: int, ids: I32, bits: I32, asked: I32 | None = None) -> Plan:
+    """Plan one layer for expert choices `ids` and widths `bits`, both int32 [tokens, top_k]; updates the ledger, with the widths that
+    were `asked` for where a policy chose others.
 
     Raises MemoryBudgetError if the limit does not hold even one expert at its width.
     """
     experts, widths, tokens = demand(ids, bits, ledger.experts)
     have = ledger.width[layer, experts]
-    ledger.touch(layer, ids[None].copy(), bits[None].copy())
+    ledger.touch(layer, ids[None].copy(), (bits if asked is None else asked)[None].copy())
     if (have >= widths).all():
         return Plan([Wave(_NOTHING, _NOTHING, experts, 0)], 0)
     order = np.argsort(-tokens, kind="stable")

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from d2moe.policy.ledger import Ledger
 from d2moe.policy.plan import Wave
-from d2moe.policy.policy import WholeExperts, named
+from d2moe.policy.policy import WholeExperts, mass_before, named
 from d2moe.types import BASE_BITS
 
 I32 = npt.NDArray[np.int32]
@@ -47,11 +47,7 @@ class Hobbit(WholeExperts):
 
     def choose(self, layer: int, ids: I32, bits: I32, gates: F32) -> tuple[I32, F32 | None]:
         have = self.ledger.width[layer, ids]
-        order = np.argsort(-gates, axis=1, kind="stable")
-        sorted_gates = np.take_along_axis(gates, order, 1).astype(np.float64)
-        share = sorted_gates / np.maximum(sorted_gates.sum(1, keepdims=True), 1e-30)
-        before = np.empty_like(share)
-        np.put_along_axis(before, order, share.cumsum(1) - share, 1)
+        before = mass_before(gates)
         light = np.where(before <= T2, np.maximum(have, BASE_BITS), np.where(have > 0, have, 0))
         return np.where((have >= bits) | (before <= T1), bits, np.minimum(light, bits)).astype(np.int32), None
 

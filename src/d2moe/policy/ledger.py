@@ -70,10 +70,10 @@ class Ledger:
         """Work the noted calls into what the planes of their layers are worth."""
         fade = 2.0 ** (-1 / HALF_LIFE)
         for first, ids, bits in self._noted:
-            layers, tokens, top_k = ids.shape
+            layers, tokens, _ = ids.shape
             place = ids * SEGMENTS + (bits - BASE_BITS)
             if layers > 1:
-                place += np.arange(0, layers * self.experts * SEGMENTS, self.experts * SEGMENTS, np.int32)[:, None, None]
+                place += (np.arange(layers, dtype=np.int32) * (self.experts * SEGMENTS))[:, None, None]
             wanted = np.bincount(place.reshape(-1), minlength=layers * self.experts * SEGMENTS).reshape(layers, self.experts, SEGMENTS)
             wanted = wanted[..., ::-1].cumsum(axis=2)[..., ::-1]  # who wants a plane wants all lower ones
             part = slice(first, first + layers)

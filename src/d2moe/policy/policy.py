@@ -157,6 +157,16 @@ class WholeExperts(Policy):
         )
 
 
+def mass_before(gates: F32) -> F64:
+    """float64 [tokens, top_k]: the share of a token's gate mass that its heavier choices have together."""
+    order = np.argsort(-gates, axis=1, kind="stable")
+    falling = np.take_along_axis(gates, order, 1).astype(np.float64)
+    share = falling / np.maximum(falling.sum(1, keepdims=True), 1e-30)
+    before: F64 = np.empty_like(share)
+    np.put_along_axis(before, order, share.cumsum(1) - share, 1)
+    return before
+
+
 def named(forecast: I32, step: int) -> list[int]:
     """The experts that the router of the `step`-th next layer names (1 is the next), most wanted first, each once."""
     if not forecast.size or forecast.shape[1] < step:

@@ -109,6 +109,14 @@ class Trace:
             yield Step(n, len(np.unique(a["sequence"][token : token + n])), rows, calls)
             token, row = token + n, row + wanted
 
+    def layers(self) -> I32:
+        """int32 [N]: the layer of each row of ids, bits and gates."""
+        a, m = self.arrays, self.meta
+        rows = np.repeat(a["tokens"][:, None], m.layers, axis=1)
+        if m.ends_with_moe:
+            rows[:, -1] = a["wanted"]
+        return np.repeat(np.tile(np.arange(m.layers, dtype=np.int32), len(rows)), rows.reshape(-1))
+
     def overlap(self) -> tuple[float, float]:
         """Share of a token's experts that the token before it in its sequence had chosen too, and what chance would give."""
         a, m = self.arrays, self.meta

@@ -43,6 +43,11 @@ def least(facts: ModelFacts, config: EngineConfig, threads: int) -> int:
     return budget.memory - budget.experts
 
 
+def experts_bytes(facts: ModelFacts, config: EngineConfig, threads: int) -> int:
+    """Bytes that a budget leaves to experts; MemoryBudgetError if it does not do."""
+    return _split(facts, config, threads).experts
+
+
 def _split(facts: ModelFacts, config: EngineConfig, threads: int) -> memory.Budget:
     record, shape = facts.record, facts.shape
     return memory.split(
@@ -80,7 +85,7 @@ def plan(
         for bits in widths:
             config = EngineConfig(memory_bytes=budget, bits=bits, context=context)
             try:
-                experts = _split(facts, config, threads).experts
+                experts = experts_bytes(facts, config, threads)
                 found = simulate(trace, device(config.dense_width), experts, policy=policy, bits=bits)
             except MemoryBudgetError:
                 out.append(Choice(budget, bits))
