@@ -132,8 +132,21 @@ def _row(name: str, found: Any) -> tuple[str, ...]:
 )
 @click.option("--text", type=click.Path(exists=True, dir_okay=False), help="Take the prompt from this text.")
 @click.option("--explain", is_flag=True, help="Also show which kernel ran for each shape of matrix, and how often.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Draw speed and perplexity over the memory budget instead, as .png, .svg or .pdf; needs --text and d2moe[plot].",
+)
 def bench(
-    model: str | None, prompt_tokens: int, generate: int, repeats: int, text: str | None, explain: bool, **engine: Any
+    model: str | None,
+    prompt_tokens: int,
+    generate: int,
+    repeats: int,
+    text: str | None,
+    explain: bool,
+    plot: Path | None,
+    **engine: Any,
 ) -> None:
     """Measure the speed of MODEL.
 
@@ -142,11 +155,15 @@ def bench(
     more) over the time it took. Experts are read past the page cache where the
     file system allows; "tier" says what was measured.
 
+    With --plot a text is scored a token at a time with slots for 25, 35, 50, 75 and 100 % of the experts' 4-bit size, at 2, 3 and 4 bits
+    or at --bits: --prompt-tokens fill the slots, --generate are measured. One JSON line per point.
+
     \b
     Examples:
       d2moe bench builtin --memory 96MB --bits 4
       d2moe bench olmoe.d2moe --memory 2GB --prompt-tokens 512 --generate 128 | tail -1 | jq .roofline
       d2moe bench olmoe.d2moe --bits 3 --dense-bits 4 --explain
+      d2moe bench olmoe.d2moe --plot curve.svg --text wiki.txt --generate 256
     """
     from d2moe.cli.progress import Bar
     from d2moe.evaluate.bench import TEXT, prompt_of
@@ -154,6 +171,9 @@ def bench(
 
     content = read_text(text) if text is not None else TEXT
     path = model_path(model)
+    if plot is not None:
+        _plot(path, plot, text and content, prompt_tokens, generate, engine)
+        return
     with contextlib.closing(open_model(path, engine)) as m:
         announce(m)
         prompt = prompt_of(m, prompt_tokens, content)
@@ -168,6 +188,40 @@ def bench(
             f"matrix products, kernel table {found['kernels']}", rows, ("matrix", "bits", "tokens", "products", "way")
         )
     print_json({"model": str(path), **found})
+
+
+def _plot(path: Path, plot: Path, text: str | None, warm: int, generate: int, engine: dict[str, Any]) -> None:
+    from dataclasses import asdict
+
+    from d2moe.cli.progress import Bar
+    from d2moe.container import Container
+    from d2moe.evaluate.curve import WIDTHS, check_plot, curve, draw
+    from d2moe.runtime.config import show_bytes
+    from d2moe.runtime.tokenizer import Tokenizer
+
+    for name in ("memory", "expert_memory", "repeats", "explain", "timeline", "quality"):
+        if click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} says nothing to --plot, which takes its own points; leave it out")
+    if text is None:
+        raise click.UsageError("--plot draws perplexity, too; give a --text")
+    check_plot(plot)
+    container = Container.open(path)
+    tokens = Tokenizer.load(path).encode(text)[: warm + generate + 1]
+    widths = WIDTHS if engine["bits"] is None else (engine["bits"],)
+    with Bar(f"curve of {path.name}", light=True) as bar:
+        points = curve(
+            lambda **point: open_model(path, {**engine, "context": engine["context"] or len(tokens), **point}),
+            container, tokens, warm, widths, bar,
+        )  # fmt: skip
+    draw(points, plot, f"{path.name}, policy {engine['policy'] or 'hebf'}, {len(tokens) - 1 - warm} tokens")
+    rows = [
+        (show_bytes(p.memory_bytes), f"{100 * p.share:.0f} %", f"{p.bits:g}", f"{p.tokens_per_s:.2f}", show_bytes(p.read_bytes_per_token),
+         f"{100 * p.hit_rate:.1f} %", f"{p.perplexity:.3f}")
+        for p in points
+    ]  # fmt: skip
+    print_table(f"{path.name}, drawn in {plot}", rows, ("memory", "experts", "bits", "tokens/s", "read per token", "hits", "perplexity"))
+    for p in points:
+        print_json({"model": str(path), "policy": engine["policy"] or "hebf", **asdict(p)})
 
 
 def _bench_rows(found: dict[str, Any]) -> list[tuple[str, str]]:

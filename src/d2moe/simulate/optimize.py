@@ -97,8 +97,8 @@ def _values(trace: Trace, router: BitRouter) -> F64:
     if router.weight is not None or router.powers[:, 1].any():
         raise ConfigError('the width router was learned and looks at more than a trace holds; make a measured one with "d2moe route train"')
     layer = trace.layers()
-    gate = np.log(np.maximum(trace.arrays["gates"], np.float32(TINY)))
-    return np.asarray(router.powers[layer, 0][:, None, None] * gate[..., None] + router.planes[layer[:, None], trace.arrays["ids"]], np.float64)
+    gate = router.powers[layer, :1] * np.log(np.maximum(trace.arrays["gates"], np.float32(TINY)))
+    return np.asarray(gate[..., None] + router.planes[layer[:, None], trace.arrays["ids"]], np.float64)
 
 
 def optimise(
