@@ -210,3 +210,25 @@ def test_resident_first_reads_less_and_uses_what_is_there(tokens):
         assert (chosen[light] == np.maximum(have[light], 2)).all()
         wider += int((chosen > asked).sum())
     assert wider, "planes beyond the width asked for were there and were used"
+
+
+def test_a_copy_per_width_is_read_for_each_width(tokens):
+    """What nesting saves: a layer call that wants an expert at 2 and at 4 bits reads both copies; the answer is the same."""
+    found, rows = {}, {}
+    for policy in ("on-demand", "copies"):
+        with Engine.load(MODEL, EngineConfig(context=256, max_sequences=3, expert_memory_bytes=900_000, policy=policy)) as engine:
+            recorder, sequences = engine.record(0), [engine.new_sequence() for _ in range(3)]
+            parts = [tokens[40 * n : 40 * n + 30] for n in range(3)]
+            chunks = [[Chunk(s, part[i : i + 1], 2 + n, "last", True) for n, (s, part) in enumerate(zip(sequences, parts, strict=True))]
+                      for i in range(30)]  # fmt: skip
+            rows[policy] = np.concatenate([engine.step(step) for step in chunks])
+            found[policy], ledger = engine.counters.read_bytes, engine.ledger
+    assert np.array_equal(rows["on-demand"], rows["copies"])
+    nested = copies = 0
+    for step in recorder.trace():
+        for call in step.calls:
+            for expert in np.unique(call.ids):
+                wanted = np.unique(call.bits[call.ids == expert])
+                nested += int(ledger.prefix_bytes[wanted.max()])
+                copies += int(ledger.prefix_bytes[wanted].sum())
+    assert found == {"on-demand": nested, "copies": copies} and copies > nested

@@ -17,7 +17,7 @@ from d2moe.policy.policy import make, policy_class
 from d2moe.policy.trace import ARRAYS, NO_FORECAST, Meta, Recorder, Trace
 from d2moe.simulate.device import Device, parse_rates
 from d2moe.simulate.facts import model_facts
-from d2moe.simulate.simulate import simulate
+from d2moe.simulate.simulate import SimulatedExperts, simulate
 from d2moe.simulate.synthetic import Statistics, synthetic_trace
 
 META = Meta(layers=5, experts=32, top_k=4, base_bytes=8192, plane_bytes=4096, ends_with_moe=True, model="made up")
@@ -286,3 +286,16 @@ def test_hebf_is_as_good_as_recency_and_frequency_alone(seed, statistics):
     for share in (0.25, 0.5):
         hits = {name: simulate(trace, DEVICE, int(share * ALL_BYTES), policy=name).hit_rate for name in ("hebf", "lru", "lfu")}
         assert hits["hebf"] > max(hits["lru"], hits["lfu"]) - 0.02, hits
+
+
+def test_reads_in_flight_share_the_device():
+    """Three reads at once, two in flight: the first two arrive together, the third after them; one alone pays the latency."""
+    device = Device("fixed", 1e6, 0.0, 0.5, {2: (0.1, 0.1)}, (0.0, 0.0), 0.0, facts={"chosen": {"read_depth": 2}})
+    experts = SimulatedExperts(device, Ledger(1, 4, 1_000_000, 500_000, 10**9))
+    experts.read(np.array([[0, 0, 2], [0, 1, 2], [0, 2, 2]], np.int32))
+    experts.compute(0, [(0, 2, 1), (1, 2, 1), (2, 2, 1)])
+    # Two of a second each at half the rate until 2.5, 0.1 each of arithmetic beside the third's second, until 3.5; then its own 0.1.
+    assert experts.now == pytest.approx(3.6) and experts.stall_s == pytest.approx(2.5 + 0.8)
+    experts.read(np.array([[0, 0, 3]], np.int32))
+    experts.compute(0, [(0, 2, 1)])
+    assert experts.now == pytest.approx(3.6 + 0.5 + 0.5 + 0.1)

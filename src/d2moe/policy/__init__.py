@@ -4,6 +4,7 @@ POLICIES = {
     "hebf": "d2moe.policy.policy:Policy",
     "resident-first": "d2moe.policy.resident_first:ResidentFirst",
     "on-demand": "d2moe.policy.on_demand:OnDemand",
+    "copies": "d2moe.policy.on_demand:Copies",
     "lru": "d2moe.policy.lru:Lru",
     "lfu": "d2moe.policy.lfu:Lfu",
     "edgemoe": "d2moe.policy.edgemoe:EdgeMoE",

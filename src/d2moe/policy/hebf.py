@@ -35,9 +35,9 @@ def demand(ids: I32, bits: I32, experts: int) -> tuple[I32, I32, I32]:
     return found, most[found], counts[found].astype(np.int32)
 
 
-def plan(ledger: Ledger, layer: int, ids: I32, bits: I32, asked: I32 | None = None) -> Plan:
+def plan(ledger: Ledger, layer: int, ids: I32, bits: I32, asked: I32 | None = None, hottest_first: bool = True) -> Plan:
     """Plan one layer for expert choices `ids` and widths `bits`, both int32 [tokens, top_k]; updates the ledger, with the widths that
-    were `asked` for where a policy chose others.
+    were `asked` for where a policy chose others. Not `hottest_first`: experts in the order of their numbers.
 
     Raises MemoryBudgetError if the limit does not hold even one expert at its width.
     """
@@ -46,7 +46,7 @@ def plan(ledger: Ledger, layer: int, ids: I32, bits: I32, asked: I32 | None = No
     ledger.touch(layer, ids[None].copy(), (bits if asked is None else asked)[None].copy())
     if (have >= widths).all():
         return Plan([Wave(_NOTHING, _NOTHING, experts, 0)], 0)
-    order = np.argsort(-tokens, kind="stable")
+    order = np.argsort(-tokens if hottest_first else experts, kind="stable")
     # What is resident comes first: it can be computed while the rest is read.
     order = order[np.argsort(have[order] < widths[order], kind="stable")]
     items = [(int(experts[i]), int(widths[i])) for i in order]

@@ -66,6 +66,11 @@ def from_losses(container: Container, trace: Trace) -> BitRouter:
     flat = np.stack([np.interp(WIDTHS, known[order], row) for row in logs.reshape(-1, len(known))])
     error = np.exp(flat).reshape(*logs.shape[:2], len(WIDTHS))
     planes = np.minimum.accumulate(np.log(np.maximum(error[..., :-1] - error[..., 1:], TINY)), axis=-1)
+    return priced(planes, trace)
+
+
+def priced(planes: F64, trace: Trace) -> BitRouter:
+    """A width router of these logarithms [layers, experts, 6], of planes met by gates of 1, with prices for the gates of `trace`."""
     powers = np.tile(np.array([GATE_POWER, 0.0], np.float32), (len(planes), 1))
     made = BitRouter(planes.astype(np.float32), powers, None, np.zeros((2, 2), np.float32))
     falling = -np.sort(-_values(trace, made).reshape(-1))

@@ -4,14 +4,16 @@ Two classes stand in for the compiled core and keep no account of their own beyo
 each expert's width and when its read arrives, `Replay` goes through a trace's layer calls and says like `Program` where it
 waits. All decisions and counts are the engine's.
 
-The clock: reads go one after the other at the device's rate, each after a latency that reads behind it hide; a layer's
-dense part comes before its experts are known; what is there is computed first, then each expert when it arrives, and a wait is stall.
+The clock: as many reads as the engine has in flight share the device's rate, so that those of a layer arrive late and nearly together;
+a read that finds the device idle has a latency, which others hide. A layer's dense part comes before its experts are known; what is there
+is computed first, then each expert when it arrives, and a wait is stall.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from d2moe.errors import MemoryBudgetError
 from d2moe.policy import policy as policies
 from d2moe.policy.ledger import Ledger
 from d2moe.policy.trace import Call, Step, Trace
+from d2moe.runtime.config import EngineConfig
 from d2moe.runtime.streamer import Counters, Streamer
 from d2moe.simulate.device import Device
 
@@ -34,8 +37,13 @@ class SimulatedExperts:
     def __init__(self, device: Device, ledger: Ledger):
         self.device, self._prefix = device, ledger.prefix_bytes
         self.widths = np.zeros((ledger.layers, ledger.experts), np.int32)
-        self.now = self.free = self.stall_s = self.compute_s = 0.0
-        self.arrival = np.zeros(self.widths.shape)
+        self.now = self.stall_s = self.compute_s = 0.0
+        self.depth = int(device.facts.get("chosen", {}).get("read_depth", EngineConfig.read_depth))
+        self._reading: dict[tuple[int, int], float] = {}
+        """Seconds of the whole device that reads on their way still need, in the order in which they were asked for."""
+        self._clock = 0.0
+        """How far reading has been followed."""
+        self._arrived: dict[tuple[int, int], float] = {}
         self.read_bytes = self.reads = self.calls = 0
 
     def width(self, layer: int, expert: int) -> int:
@@ -43,7 +51,7 @@ class SimulatedExperts:
 
     def evict(self, moves: I32) -> None:
         for layer, expert, bits in moves.tolist():
-            self.now = max(self.now, self.arrival[layer, expert])  # the slot is not free before its read is done
+            self.now = max(self.now, self._arrival(layer, expert))  # the slot is not free before its read is done
             self.widths[layer, expert] = min(self.widths[layer, expert], bits)
 
     def read(self, moves: I32) -> None:
@@ -52,26 +60,49 @@ class SimulatedExperts:
             if bits <= have:
                 continue
             if have:  # one read of an expert at a time
-                self.now = max(self.now, self.arrival[layer, expert])
+                self.now = max(self.now, self._arrival(layer, expert))
             n_bytes = int(self._prefix[bits] - self._prefix[have])
-            device = self.device
-            self.free = max(self.free, self.now + device.read_latency_s) + device.read_each_s + n_bytes / device.read_bytes_per_s
-            self.arrival[layer, expert] = self.free
+            self._follow(self.now)
+            if not self._reading:
+                self._clock = max(self._clock, self.now + self.device.read_latency_s)
+            self._arrived.pop((layer, expert), None)
+            self._reading[layer, expert] = self.device.read_each_s + n_bytes / self.device.read_bytes_per_s
             self.widths[layer, expert] = bits
             self.read_bytes += n_bytes
             self.reads += 1
 
     def compute(self, layer: int, groups: list[tuple[int, int, int]]) -> None:
         """Compute (expert, bits, tokens): those that are there, then each as it arrives."""
-        groups = sorted(groups, key=lambda g: self.arrival[layer, g[0]])
-        for expert, bits, tokens in groups:
-            wait = self.arrival[layer, expert] - self.now
+        arrivals = {expert: self._arrival(layer, expert) for expert, _, _ in groups}
+        for expert, bits, tokens in sorted(groups, key=lambda g: arrivals[g[0]]):
+            wait = arrivals[expert] - self.now
             if wait > 0:
                 self.stall_s += wait
                 self.now += wait
             spent = self.device.expert_seconds(bits, tokens)
             self.compute_s += spent
             self.now += spent
+
+    def _arrival(self, layer: int, expert: int) -> float:
+        """When the expert's last read is done; nothing is asked for before it has been waited for."""
+        while (layer, expert) in self._reading:
+            self._follow(float("inf"), (layer, expert))
+        return self._arrived.get((layer, expert), 0.0)
+
+    def _follow(self, until: float, last: tuple[int, int] | None = None) -> None:
+        """Go on reading until then, or until `last` is there: the first `depth` reads get equal parts of the device."""
+        while self._reading and self._clock < until:
+            active = list(islice(self._reading, self.depth))
+            span = min(self._reading[key] for key in active)
+            span = min(span, (until - self._clock) / len(active))
+            self._clock += span * len(active)
+            for key in active:
+                self._reading[key] -= span
+                if self._reading[key] <= 1e-15:
+                    del self._reading[key]
+                    self._arrived[key] = self._clock
+            if last is not None and last not in self._reading:
+                return
 
     def abandon(self) -> None:
         """Nothing is on its way that would have to be waited for."""
