@@ -58,7 +58,7 @@ class HottestFirst(OnDemand):
     hottest_first = True
 
 
-DIAL = 3.0
+DIAL = 3.0  # a float goes through the router, a whole number is one width for all
 ABLATION = (
     ("all in memory, 8 bits", "hebf", 8, 2.0, ""),
     ("all in memory, 4 bits", "hebf", 4, 1.0, ""),
@@ -86,16 +86,17 @@ def give_router(path: Path, fed: Any, prompt: int) -> None:
 def run(path: Path, policy: str, memory: int, bits: float, fed: Any, prompt: int) -> dict[str, Any]:
     """Decode `fed` [batch, tokens] after its first `prompt` tokens; what it took."""
     config = EngineConfig(expert_memory_bytes=memory, bits=bits, context=512, policy=policy, max_sequences=len(fed))
+    uniform = isinstance(bits, int)
     with Engine.load(path, config) as engine:
         recorder = engine.record(0)
         sequences = [engine.new_sequence() for _ in fed]
         begin = time.perf_counter()
-        engine.step([Chunk(s, row[:prompt], bits, "last") for s, row in zip(sequences, fed, strict=True)])
+        engine.step([Chunk(s, row[:prompt], bits, "last", uniform) for s, row in zip(sequences, fed, strict=True)])
         prompt_s = time.perf_counter() - begin
         before, spans = engine.counters.snapshot(), []
         for t in range(prompt, fed.shape[1]):
             begin = time.perf_counter()
-            engine.step([Chunk(s, row[t : t + 1], bits, "last") for s, row in zip(sequences, fed, strict=True)])
+            engine.step([Chunk(s, row[t : t + 1], bits, "last", uniform) for s, row in zip(sequences, fed, strict=True)])
             spans.append(time.perf_counter() - begin)
         used = engine.counters.snapshot() - before
         same, chance = recorder.trace().overlap()
