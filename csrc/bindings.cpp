@@ -168,7 +168,10 @@ struct PyExperts {
 
   // moves int32 [n, 3] of layer, expert, bits.
   void evict(In<int32_t> moves) { each(moves, [&](int64_t l, int64_t e, int b) { executor.evict(l, e, b); }); }
-  void read(In<int32_t> moves) { each(moves, [&](int64_t l, int64_t e, int b) { executor.read(l, e, b); }); }
+  void cancel(In<int32_t> moves) { each(moves, [&](int64_t l, int64_t e, int) { executor.cancel(l, e); }); }
+  void read(In<int32_t> moves, bool may_wait) {
+    each(moves, [&](int64_t l, int64_t e, int b) { executor.read(l, e, b, may_wait); });
+  }
 
   // int64 [n, 8]: kind, layer, expert, from, to, lane, begin and end in nanoseconds of the steady clock.
   auto take_events() {
@@ -387,7 +390,8 @@ NB_MODULE(_native, m) {
         return e.executor.width(layer, expert);
       })
       .def("evict", &PyExperts::evict)
-      .def("read", &PyExperts::read)
+      .def("cancel", &PyExperts::cancel)
+      .def("read", &PyExperts::read, "moves"_a, "may_wait"_a = false)
       .def("abandon", [](PyExperts& e) { e.executor.abandon(); }, nb::call_guard<nb::gil_scoped_release>())
       .def("log", [](PyExperts& e, bool on) { e.executor.log(on); }, "on"_a)
       .def("take_events", &PyExperts::take_events)

@@ -41,7 +41,7 @@ void Executor::evict(int64_t layer, int64_t expert, int bits) {
   e.width = e.settled = std::min(e.width, bits < kBaseBits ? 0 : bits);
 }
 
-void Executor::read(int64_t layer, int64_t expert, int bits) {
+void Executor::read(int64_t layer, int64_t expert, int bits, bool may_wait) {
   Expert& e = at(layer, expert);
   if (bits <= e.width) return;
   if (e.request) settle(layer, expert);
@@ -73,12 +73,23 @@ void Executor::read(int64_t layer, int64_t expert, int bits) {
   ++on_their_way_;
   counters_.read_bytes += e.request->bytes;
   ++counters_.reads;
-  reader_.submit(e.request.get());
+  reader_.submit(e.request.get(), may_wait);
+}
+
+void Executor::cancel(int64_t layer, int64_t expert) {
+  Expert& e = at(layer, expert);
+  if (!e.request || !reader_.withdraw(e.request.get())) return;
+  --on_their_way_;
+  --counters_.reads;
+  counters_.read_bytes -= e.request->bytes;
+  e.request.reset();
+  evict(layer, expert, e.settled);
 }
 
 bool Executor::settle(int64_t layer, int64_t expert) {
   Expert& e = at(layer, expert);
   if (!e.request) return true;
+  reader_.hurry(e.request.get());
   for (;;) {
     const uint64_t seen = reader_.finished(); // taken before looking, so that no completion is missed
     if (e.request->done.load(std::memory_order_acquire)) break;
@@ -190,7 +201,10 @@ void Executor::compute(const int32_t* wanted, int64_t count) {
   for (int64_t i = 0; i < count; ++i) chosen[size_t(wanted[i])] = 1;
   std::vector<Group*> waiting, ready;
   for (Group& g : groups_)
-    if (chosen[size_t(g.expert)] && !g.computed) waiting.push_back(&g);
+    if (chosen[size_t(g.expert)] && !g.computed) {
+      waiting.push_back(&g);
+      if (const auto& request = at(layer_, g.expert).request) reader_.hurry(request.get());
+    }
   try {
     while (!waiting.empty()) {
       const uint64_t seen = reader_.finished();

@@ -52,8 +52,11 @@ public:
   bool begun() const { return layer_ >= 0; }
   // Keeps only the planes up to `bits` (0: nothing).
   void evict(int64_t layer, int64_t expert, int bits);
-  // Starts reading planes so that the expert has `bits`; returns at once.
-  void read(int64_t layer, int64_t expert, int bits);
+  // Starts reading planes so that the expert has `bits`; returns at once. One that may wait is read when nothing else is to be read, at
+  // the latest when it is needed.
+  void read(int64_t layer, int64_t expert, int bits, bool may_wait = false);
+  // Takes the expert's read back if it may wait and has not begun.
+  void cancel(int64_t layer, int64_t expert);
 
   // One layer's experts on `tokens` rows of h; begin, then any number of compute waves, then finish. Choices of 0 bits are left out.
   void begin(int64_t layer, int64_t tokens, int64_t top_k, const float* h, const int32_t* ids, const int32_t* bits);

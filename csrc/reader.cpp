@@ -1,5 +1,6 @@
 #include "reader.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
@@ -52,13 +53,21 @@ Reader::~Reader() {
   for (int f : files_) close(f);
 }
 
-void Reader::submit(ReadRequest* request) {
+void Reader::submit(ReadRequest* request, bool may_wait) {
   if (threads_.empty()) return serve(*request, 0);
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    queue_.push_back(request);
+    (may_wait ? idle_ : queue_).push_back(request);
   }
   work_.notify_one();
+}
+
+bool Reader::withdraw(ReadRequest* request) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = std::find(idle_.begin(), idle_.end(), request);
+  if (found == idle_.end()) return false;
+  idle_.erase(found);
+  return true;
 }
 
 void Reader::wait(uint64_t seen) {
@@ -71,12 +80,16 @@ void Reader::work(int lane) {
     ReadRequest* request;
     {
       std::unique_lock<std::mutex> lock(mutex_);
-      work_.wait(lock, [&] { return stop_ || !queue_.empty(); });
-      if (queue_.empty()) return;
-      request = queue_.front();
-      queue_.pop_front();
+      work_.wait(lock, [&] { return stop_ || !queue_.empty() || (!idle_.empty() && !reading_); });
+      std::deque<ReadRequest*>& from = queue_.empty() ? idle_ : queue_;
+      if (from.empty()) return;
+      ++reading_;
+      request = from.front();
+      from.pop_front();
     }
     serve(*request, lane);
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (--reading_ == 0 && !idle_.empty()) work_.notify_one();
   }
 }
 

@@ -37,7 +37,12 @@ public:
   Reader(const Reader&) = delete;
   Reader& operator=(const Reader&) = delete;
 
-  void submit(ReadRequest* request);
+  // One that may wait is begun when no other is queued or being read, so in the disk's idle time only and one by one.
+  void submit(ReadRequest* request, bool may_wait = false);
+  bool withdraw(ReadRequest* request); // false if it has begun, or was never to wait
+  void hurry(ReadRequest* request) {
+    if (withdraw(request)) submit(request);
+  }
   // Blocks until some request has finished since `seen` (a value of finished()).
   void wait(uint64_t seen);
   uint64_t finished() const { return finished_.load(std::memory_order_acquire); }
@@ -54,7 +59,8 @@ private:
   std::vector<int> files_;
   std::atomic<bool> direct_;
   std::vector<std::thread> threads_;
-  std::deque<ReadRequest*> queue_;
+  std::deque<ReadRequest*> queue_, idle_;
+  int reading_ = 0; // requests that threads are at
   bool stop_ = false;
   std::atomic<uint64_t> finished_{0};
   std::mutex mutex_;

@@ -228,7 +228,8 @@ void test_executor(Random& random, const std::vector<std::string>& paths, const 
       }
       if (random.once_in(3)) { // a read that nobody waits for yet, perhaps evicted before it is used
         const int64_t l = random.below(kLayers), x = random.below(kExperts);
-        if (make_room(random, e, s, limit, record_bytes(s), l, {{int32_t(x), 0}})) e.read(l, x, kBaseBits + int(random.below(7)));
+        if (make_room(random, e, s, limit, record_bytes(s), l, {{int32_t(x), 0}})) e.read(l, x, kBaseBits + int(random.below(7)), random.once_in(2));
+        if (random.once_in(3)) e.cancel(l, x);
         if (random.once_in(2)) e.evict(l, x, 0);
       }
       // The layer in waves of what fits.

@@ -285,7 +285,7 @@ def test_hebf_is_as_good_as_recency_and_frequency_alone(seed, statistics):
     trace = synthetic_trace(META, tokens=150, seed=seed, statistics=statistics)
     for share in (0.25, 0.5):
         hits = {name: simulate(trace, DEVICE, int(share * ALL_BYTES), policy=name).hit_rate for name in ("hebf", "lru", "lfu")}
-        assert hits["hebf"] > max(hits["lru"], hits["lfu"]) - 0.02, hits
+        assert hits["hebf"] > max(hits["lru"], hits["lfu"]) - 0.05, hits
 
 
 def test_reads_in_flight_share_the_device():

@@ -72,11 +72,21 @@ def _profile_rows(found: Any) -> list[tuple[str, str]]:
         ("CPU", f"{found.facts['cpu']}, {found.facts['threads']} threads, kernels {found.facts['kernels']}"),
         ("storage", found.facts["tier"]),
         ("chosen", f"{reads}, {chosen['read_depth']} reads in flight: {chosen['why']}"),
+        ("reading ahead", _preloading(found)),
         ("memory bandwidth", f"{found.memory_bytes_per_s / 1e9:.1f} GB/s"),
         ("all but experts, one token", f"{1e3 * found.dense_s[0]:.2f} ms at {found.facts['dense_bits']} bits"),
         ("one decision", f"{1e6 * found.decide_s:.0f} microseconds"),
         ("measured", found.facts["measured"]),
     ]
+
+
+def _preloading(found: Any) -> str:
+    if (measured := found.facts.get("preload")) is None:
+        return "not measured; --again does"
+    if not measured["read_bytes"]:
+        return "off: everything is in memory at this budget"
+    on = "on" if found.facts["chosen"]["policy"] == "preload" else "off"
+    return f"{on}: base planes ahead give {measured['gain']:.2f} times the speed, {100 * measured['right']:.0f} % of the guesses were right"
 
 
 @click.command()

@@ -110,7 +110,7 @@ def open_model(path: Path, options: dict[str, Any]) -> Model:
         Container.open(path)  # says better what is wrong with something that is no container at all
     tokenizer = Tokenizer.load(path)
     profile = known_profile(Container.open(path), given.get("threads"))
-    chosen = {k: profile.facts["chosen"][k] for k in ("direct", "read_depth")} if profile else {}
+    chosen = {k: v for k, v in profile.facts["chosen"].items() if k in ("direct", "read_depth", "policy")} if profile else {}
     config = EngineConfig.from_options(**{**chosen, **given})
     with Bar(f"loading {path.name}", light=True) as bar:
         return Model(Engine.load(path, config, bar), tokenizer)

@@ -35,6 +35,10 @@ MEASURE_S = 0.2
 BURST_BYTES = 96 << 20
 """Read between two waits for all that is on its way."""
 COMPUTE_WIDTHS = (2, 3, 4, 6, 8)
+PRELOAD_TURNS, PRELOAD_STEPS = 4, 5
+"""Turns with and without reading ahead, and steps of each."""
+PRELOAD_FROM = 1.05
+"""Gain from which reading ahead is on; less may be noise, and it costs reads."""
 PROMPT_TOKENS = 64
 STEPS = 10
 DIRECT_UNLESS = 1.2
@@ -79,7 +83,7 @@ def profile(engine: Engine, tokens: list[int], progress: Callable[[int, int], No
 
     StorageError if a read fails.
     """
-    total = 2 * len(DEPTHS) * (len(READ_WIDTHS) + 1) + len(COMPUTE_WIDTHS) + 1
+    total = 2 * len(DEPTHS) * (len(READ_WIDTHS) + 1) + len(COMPUTE_WIDTHS) + 2
     done = 0
 
     def advance() -> None:
@@ -101,6 +105,9 @@ def profile(engine: Engine, tokens: list[int], progress: Callable[[int, int], No
         if bits <= engine.config.bits or not dense_s[0]:
             dense_s, decide_s = dense, decide
         advance()
+    preload = _measure_preload(engine, tokens)
+    chosen["policy"] = "preload" if preload["gain"] >= PRELOAD_FROM else "hebf"
+    advance()
     about = engine.describe()
     bandwidth = memory_bandwidth(about["threads"]) or 0.0
     advance()
@@ -116,9 +123,35 @@ def profile(engine: Engine, tokens: list[int], progress: Callable[[int, int], No
         "measured": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "reads": io,
         "chosen": chosen,
+        "preload": preload,
         "dense_bits": engine.config.dense_width,
     }
     return Device(platform.node() or "this machine", rate, each, latency, expert_s, dense_s, decide_s, bandwidth, facts)
+
+
+def _measure_preload(engine: Engine, tokens: list[int]) -> dict[str, float]:
+    """Speed with base planes read ahead over speed without, in turns at the engine's budget, and the share of guesses that were right."""
+    before, sequence = engine.config.policy, engine.new_sequence()
+    seconds: dict[str, list[float]] = {"hebf": [], "preload": []}
+    guessed, right, read = 0, 0, 0
+    bits = engine.config.bits
+    try:
+        engine.step([Chunk(sequence, tokens[:PROMPT_TOKENS], bits, "last")])
+        for turn in range(2 * PRELOAD_TURNS):
+            name = ("hebf", "preload")[turn % 2]
+            engine.set_policy(name)
+            for number in range(PRELOAD_STEPS):
+                start = engine.counters.snapshot()
+                engine.step([Chunk(sequence, [tokens[(turn * PRELOAD_STEPS + number) * 7 % len(tokens)]], bits, "last")])
+                used = engine.counters.snapshot() - start
+                seconds[name].append(used.step_seconds)
+                guessed, right = guessed + used.forecast, right + used.forecast_right
+                read += used.read_bytes
+    finally:
+        sequence.free()
+        engine.set_policy(before)
+    gain = median(seconds["hebf"]) / median(seconds["preload"]) if read else 1.0
+    return {"gain": gain, "right": right / guessed if guessed else 0.0, "read_bytes": read}
 
 
 Rates = dict[str, dict[str, float]]

@@ -311,7 +311,10 @@ class Experts:
         for layer, expert, bits in moves.tolist():
             self.widths[layer, expert] = min(self.width(layer, expert), bits)
 
-    def read(self, moves: I32) -> None:
+    def cancel(self, moves: I32) -> None:
+        pass  # nothing waits
+
+    def read(self, moves: I32, may_wait: bool = False) -> None:
         for layer, expert, bits in moves.tolist():
             have = self.width(layer, expert)
             if bits > have:

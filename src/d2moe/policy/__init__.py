@@ -2,6 +2,7 @@
 
 POLICIES = {
     "hebf": "d2moe.policy.policy:Policy",
+    "preload": "d2moe.policy.preload:Preload",
     "resident-first": "d2moe.policy.resident_first:ResidentFirst",
     "on-demand": "d2moe.policy.on_demand:OnDemand",
     "copies": "d2moe.policy.on_demand:Copies",

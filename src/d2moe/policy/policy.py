@@ -59,6 +59,8 @@ class Policy:
     """Whether it must see every layer call before it is computed. Else only calls with something missing come to Python."""
     ahead: ClassVar[int] = 0
     """How many next layers' routers are applied to this layer's input for it."""
+    may_wait: ClassVar[bool] = False
+    """Whether what it reads ahead may wait until nothing else is to be read."""
     learns: ClassVar[bool] = False
     """Whether a recorded trace is of use to it beforehand."""
     needs_future: ClassVar[bool] = False

@@ -139,6 +139,13 @@ class Engine:
         self._streamer.recorder = None
         self.decoder.program.pause("decide" if self.policy.decides else "missing")
 
+    def set_policy(self, name: str) -> None:
+        """Let another policy decide between two steps; what is resident stays. It starts without what the last one saw."""
+        self.ledger.rank = None
+        self.policy = self._streamer.policy = policy.make(name, self.ledger, self.shape.top_k)
+        self.config = replace(self.config, policy=name)
+        self.decoder.program.pause("decide" if self.policy.decides else "missing")
+
     def new_sequence(self) -> Sequence:
         return Sequence(self.pages)
 

@@ -81,6 +81,7 @@ class Streamer:
         self._plan = Plan()
         self._silent_steps = 0
         self._expected: tuple[int, I32] | None = None
+        self._waiting: I32 | None = None
 
     def run(self, decoder: Decoder) -> None:
         """Bring the step that was started to its end."""
@@ -110,6 +111,7 @@ class Streamer:
         begin = time.perf_counter()
         self._layer = layer
         c, policy = self.counters, self.policy
+        self._call_off()
         ids, bits = decoder.choices(layer)
         if policy.decides:
             asked = bits
@@ -146,16 +148,26 @@ class Streamer:
         wave = self.policy.prefetch(layer, forecast, bits) if bits else None
         c.decide_seconds += time.perf_counter() - begin
         if wave is not None:
-            self._move(wave)
+            self._move(wave, self.policy.may_wait)
+            if self.policy.may_wait:
+                self._waiting = wave.read
+
+    def _call_off(self) -> None:
+        """Reads that were to wait for an idle disk and have not begun are not made: now there is a demand."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            self.experts.cancel(waiting)
+            for layer, expert, _ in waiting.tolist():
+                self.ledger.shrink(layer, expert, self.experts.width(layer, expert))
 
     def _send(self, index: int) -> None:
         self._move(self._plan.waves[index])
 
-    def _move(self, wave: Wave) -> None:
+    def _move(self, wave: Wave, may_wait: bool = False) -> None:
         if len(wave.evict):
             self.experts.evict(wave.evict)
         if len(wave.read):
-            self.experts.read(wave.read)
+            self.experts.read(wave.read, may_wait)
 
     def _evicts(self, index: int, experts: I32) -> bool:
         gone = self._plan.waves[index].evict

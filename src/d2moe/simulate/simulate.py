@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -41,6 +40,9 @@ class SimulatedExperts:
         self.depth = int(device.facts.get("chosen", {}).get("read_depth", EngineConfig.read_depth))
         self._reading: dict[tuple[int, int], float] = {}
         """Seconds of the whole device that reads on their way still need, in the order in which they were asked for."""
+        self._idle: dict[tuple[int, int], float] = {}
+        self._begun: dict[tuple[int, int], float] = {}
+        """The same of reads that wait until nothing else is to be read, and of those that have begun."""
         self._clock = 0.0
         """How far reading has been followed."""
         self._arrived: dict[tuple[int, int], float] = {}
@@ -54,7 +56,8 @@ class SimulatedExperts:
             self.now = max(self.now, self._arrival(layer, expert))  # the slot is not free before its read is done
             self.widths[layer, expert] = min(self.widths[layer, expert], bits)
 
-    def read(self, moves: I32) -> None:
+    def read(self, moves: I32, may_wait: bool = False) -> None:
+        self._follow(self.now)
         for layer, expert, bits in moves.tolist():
             have = self.widths[layer, expert]
             if bits <= have:
@@ -62,11 +65,10 @@ class SimulatedExperts:
             if have:  # one read of an expert at a time
                 self.now = max(self.now, self._arrival(layer, expert))
             n_bytes = int(self._prefix[bits] - self._prefix[have])
-            self._follow(self.now)
-            if not self._reading:
+            if not (self._reading or self._begun or self._idle):
                 self._clock = max(self._clock, self.now + self.device.read_latency_s)
             self._arrived.pop((layer, expert), None)
-            self._reading[layer, expert] = self.device.read_each_s + n_bytes / self.device.read_bytes_per_s
+            (self._idle if may_wait else self._reading)[layer, expert] = self.device.read_each_s + n_bytes / self.device.read_bytes_per_s
             self.widths[layer, expert] = bits
             self.read_bytes += n_bytes
             self.reads += 1
@@ -85,23 +87,36 @@ class SimulatedExperts:
 
     def _arrival(self, layer: int, expert: int) -> float:
         """When the expert's last read is done; nothing is asked for before it has been waited for."""
-        while (layer, expert) in self._reading:
-            self._follow(float("inf"), (layer, expert))
-        return self._arrived.get((layer, expert), 0.0)
+        key = (layer, expert)
+        if key in self._idle:
+            self._reading[key] = self._idle.pop(key)
+        while key in self._reading or key in self._begun:
+            self._follow(float("inf"), key)
+        return self._arrived.get(key, 0.0)
+
+    def cancel(self, moves: I32) -> None:
+        self._follow(self.now)
+        for layer, expert, _ in moves.tolist():
+            if self._idle.pop((layer, expert), None) is not None:  # what waits is a base where nothing was
+                self.read_bytes -= int(self._prefix[self.widths[layer, expert]])
+                self.reads -= 1
+                self.widths[layer, expert] = 0
 
     def _follow(self, until: float, last: tuple[int, int] | None = None) -> None:
         """Go on reading until then, or until `last` is there: the first `depth` reads get equal parts of the device."""
-        while self._reading and self._clock < until:
-            active = list(islice(self._reading, self.depth))
-            span = min(self._reading[key] for key in active)
-            span = min(span, (until - self._clock) / len(active))
+        while self._clock < until and (self._reading or self._begun or self._idle):
+            if not self._reading and not self._begun:
+                key = next(iter(self._idle))
+                self._begun[key] = self._idle.pop(key)
+            active = [(of, key) for of in (self._begun, self._reading) for key in of][: self.depth]
+            span = min(min(of[key] for of, key in active), (until - self._clock) / len(active))
             self._clock += span * len(active)
-            for key in active:
-                self._reading[key] -= span
-                if self._reading[key] <= 1e-15:
-                    del self._reading[key]
+            for of, key in active:
+                of[key] -= span
+                if of[key] <= 1e-15:
+                    del of[key]
                     self._arrived[key] = self._clock
-            if last is not None and last not in self._reading:
+            if last is not None and last not in self._reading and last not in self._begun:
                 return
 
     def abandon(self) -> None:
