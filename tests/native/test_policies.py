@@ -115,7 +115,8 @@ def test_a_profile_is_kept_and_used(tmp_path, monkeypatch, capsys):
     record = Container.open(MODEL).record
     assert sizes == {record.plane_bytes, *(record.prefix_bytes(b) for b in (2, 4, 8))}
     assert found.facts["preload"]["gain"] > 0 and 0 < found.facts["preload"]["right"] < 1
-    assert found.facts["chosen"]["policy"] == ("preload" if found.facts["preload"]["gain"] >= profiling.PRELOAD_FROM else "hebf")
+    gain, least = found.facts["preload"]["gain"], found.facts["preload"]["least_gain"]
+    assert found.facts["chosen"]["policy"] == ("preload" if gain >= profiling.PRELOAD_FROM and least > 1 else "hebf")
     found.facts["chosen"] |= {"policy": "preload", "direct": False, "read_depth": 3, "why": "for this test"}
     found.save(profiling.profile_path(Container.open(MODEL)))
     assert profiling.known_profile(Container.open(MODEL)) == found

@@ -38,7 +38,7 @@ COMPUTE_WIDTHS = (2, 3, 4, 6, 8)
 PRELOAD_TURNS, PRELOAD_STEPS = 4, 5
 """Turns with and without reading ahead, and steps of each."""
 PRELOAD_FROM = 1.05
-"""Gain from which reading ahead is on; less may be noise, and it costs reads."""
+"""Gain from which reading ahead is on, if every turn shows one; less may be noise, and it costs reads."""
 PROMPT_TOKENS = 64
 STEPS = 10
 DIRECT_UNLESS = 1.2
@@ -106,7 +106,7 @@ def profile(engine: Engine, tokens: list[int], progress: Callable[[int, int], No
             dense_s, decide_s = dense, decide
         advance()
     preload = _measure_preload(engine, tokens)
-    chosen["policy"] = "preload" if preload["gain"] >= PRELOAD_FROM else "hebf"
+    chosen["policy"] = "preload" if preload["gain"] >= PRELOAD_FROM and preload["least_gain"] > 1 else "hebf"
     advance()
     about = engine.describe()
     bandwidth = memory_bandwidth(about["threads"]) or 0.0
@@ -150,8 +150,9 @@ def _measure_preload(engine: Engine, tokens: list[int]) -> dict[str, float]:
     finally:
         sequence.free()
         engine.set_policy(before)
-    gain = median(seconds["hebf"]) / median(seconds["preload"]) if read else 1.0
-    return {"gain": gain, "right": right / guessed if guessed else 0.0, "read_bytes": read}
+    spans = {name: [median(part) for part in np.array_split(all_of_it, PRELOAD_TURNS)] for name, all_of_it in seconds.items()}
+    gains = [plain / ahead for plain, ahead in zip(spans["hebf"], spans["preload"], strict=True)] if read else [1.0]
+    return {"gain": median(gains), "least_gain": min(gains), "right": right / guessed if guessed else 0.0, "read_bytes": read}
 
 
 Rates = dict[str, dict[str, float]]
