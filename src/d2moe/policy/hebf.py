@@ -96,9 +96,4 @@ def _wave(ledger: Ledger, layer: int, piece: list[tuple[int, int]], pinned: set[
         return None
     for e, w in reads:
         ledger.grow(layer, e, w)
-    return Wave(
-        np.array([(la, e, b) for (la, e), b in freed.items()], np.int32).reshape(-1, 3),
-        np.array([(layer, e, w) for e, w in reads], np.int32).reshape(-1, 3),
-        np.array([e for e, _ in piece], np.int32),
-        more,
-    )
+    return Wave.of(freed, [(layer, e, w) for e, w in reads], more, [e for e, _ in piece])

@@ -36,7 +36,8 @@ class OnDemand(WholeExperts):
         plan = hebf.plan(ledger, layer, ids, bits, hottest_first=self.hottest_first)
         waves = []
         for moves in copies:  # read, and let go of for the next: a slot holds one copy
-            waves.append(_wave(gone, moves, int(ledger.prefix_bytes[[bits for *_, bits in moves]].sum())))
+            n_bytes = int(ledger.prefix_bytes[[bits for *_, bits in moves]].sum())
+            waves.append(Wave.of({(la, e): b for la, e, b in gone}, moves, n_bytes))
             gone = [(*move[:2], 0) for move in moves]
         if not gone:
             return plan
@@ -63,10 +64,6 @@ class OnDemand(WholeExperts):
                 groups[-1].append((layer, *copy))
                 room -= n_bytes
         return groups
-
-
-def _wave(gone: list[tuple[int, int, int]], reads: list[tuple[int, int, int]], n_bytes: int) -> Wave:
-    return Wave(np.array(gone, np.int32).reshape(-1, 3), np.array(reads, np.int32), np.zeros(0, np.int32), n_bytes)
 
 
 class Copies(OnDemand):

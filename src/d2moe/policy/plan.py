@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,15 @@ class Wave:
     read: I32
     experts: I32
     read_bytes: int
+
+    @classmethod
+    def of(
+        cls, freed: dict[tuple[int, int], int], reads: list[tuple[int, int, int]], read_bytes: int, experts: Sequence[int] = ()
+    ) -> Wave:
+        """From what `Ledger.make_room` answered and (layer, expert, bits) to read."""
+        moves = [(layer, expert, bits) for (layer, expert), bits in freed.items()]
+        evict, read = (np.array(rows, np.int32).reshape(-1, 3) for rows in (moves, reads))
+        return cls(evict, read, np.array(experts, np.int32), read_bytes)
 
 
 @dataclass(frozen=True)

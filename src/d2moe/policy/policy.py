@@ -151,12 +151,7 @@ class WholeExperts(Policy):
         assert freed is not None
         for e in wanted:
             ledger.grow(target, e, bits)
-        return Wave(
-            np.array([(la, e, b) for (la, e), b in freed.items()], np.int32).reshape(-1, 3),
-            np.array([(target, e, bits) for e in wanted], np.int32),
-            np.zeros(0, np.int32),
-            total,
-        )
+        return Wave.of(freed, [(target, e, bits) for e in wanted], total)
 
 
 def mass_before(gates: F32) -> F64:

@@ -35,9 +35,4 @@ class Preload(Policy):
             return None
         for e in experts:
             ledger.grow(target, e, BASE_BITS)
-        return Wave(
-            np.array([(la, e, b) for (la, e), b in freed.items()], np.int32).reshape(-1, 3),
-            np.array([(target, e, BASE_BITS) for e in experts], np.int32),
-            np.zeros(0, np.int32),
-            total,
-        )
+        return Wave.of(freed, [(target, e, BASE_BITS) for e in experts], total)
