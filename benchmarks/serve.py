@@ -1,6 +1,6 @@
 """The server under load, beside the engine alone: needs the extra serve, and httpx.
 
-    python benchmarks/serve.py load --seconds 120            random clients; some cancel, some hang up; every text is checked
+    python benchmarks/serve.py load --minutes 10              random clients, some of whom go away; every text and the memory are checked
     python benchmarks/serve.py speed --folder /tmp            1 answer and 16 at once, experts in memory and streamed at half
     python benchmarks/serve.py gaps --folder /tmp             time between tokens while long prompts arrive
     python benchmarks/serve.py overhead --folder /tmp         streamed over HTTP beside the engine in one process
@@ -14,10 +14,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,6 @@ from d2moe.runtime.config import parse_bytes
 
 SHAPE = OLMOE_1B_7B | {"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 512, "num_hidden_layers": 12, "eos_token_id": 0}
 FOLDER = click.option("--folder", type=click.Path(path_type=Path, exists=True), help="Where the model is made and kept.")
-RESIDENT = "d2moe_resident_bytes"
 
 
 def model_in(folder: Path | None) -> Path:
@@ -45,10 +46,52 @@ def model_in(folder: Path | None) -> Path:
     return path
 
 
+class Group:
+    """A control group of the memory controller, version 1 or 2, that holds what runs in it to `limit` bytes."""
+
+    def __init__(self, limit: int):
+        version1 = Path("/sys/fs/cgroup/memory")
+        self._old = version1.is_dir()
+        self.path = (version1 if self._old else Path("/sys/fs/cgroup")) / f"d2moe-benchmark-{os.getpid()}"
+        self.path.mkdir()
+        (self.path / ("memory.limit_in_bytes" if self._old else "memory.max")).write_text(str(limit))
+
+    def join(self) -> None:
+        (self.path / "cgroup.procs").write_text("0")
+
+    def over(self) -> dict[str, int]:
+        """Most bytes it held (file pages of its libraries and the model included, which go when they must) and processes killed."""
+        names = ("memory.max_usage_in_bytes", "memory.oom_control") if self._old else ("memory.peak", "memory.events")
+        most, kills = ((self.path / name).read_text() for name in names)
+        found = re.search(r"^oom_kill (\d+)", kills, re.M)
+        return {"most_bytes": int(most), "killed": int(found[1]) if found else 0}
+
+
 @contextlib.contextmanager
-def server(path: Path, *options: str) -> Iterator[str]:
+def group_of(limit: int) -> Iterator[Group | None]:
+    """A control group if this user may make one; else None, and the resident memory alone is watched."""
+    try:
+        group = Group(limit)
+    except OSError as error:
+        click.echo(f"no control group ({error}): resident memory alone is watched", err=True)
+        yield None
+        return
+    try:
+        yield group
+    finally:
+        group.path.rmdir()
+
+
+def status_bytes(pid: int, name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M)
+    assert found, name
+    return int(found[1]) * 1024
+
+
+@contextlib.contextmanager
+def server(path: Path, *options: str, group: Group | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     command = [sys.executable, "-m", "d2moe", "serve", str(path), "--port", "0", "--name", "m", "--log", "off", *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=group.join if group else None) as process:
         assert process.stderr is not None
         line = process.stderr.readline()
         found = re.search(r"http://[\d.:]+", line)
@@ -56,7 +99,7 @@ def server(path: Path, *options: str) -> Iterator[str]:
             raise SystemExit(line + process.stderr.read())
         click.echo(line.strip(), err=True)
         try:
-            yield found[0]
+            yield found[0], process
         finally:
             process.terminate()
             process.wait()
@@ -97,75 +140,122 @@ def main() -> None:
 
 @main.command()
 @FOLDER
-@click.option("--seconds", default=120.0, show_default=True)
+@click.option("--minutes", default=10.0, show_default=True)
 @click.option("--clients", default=32, show_default=True)
-@click.option("--memory", default="220MB", show_default=True)
-def load(folder: Path | None, seconds: float, clients: int, memory: str) -> None:
+@click.option("--memory", default="220MB", show_default=True, help="Of the whole process, and of the control group it runs in.")
+@click.option("--expert-memory", default="6MB", show_default=True, help="So that experts are streamed.")
+def load(folder: Path | None, minutes: float, clients: int, memory: str, expert_memory: str) -> None:
+    """Clients that come at random, some of whom go away; everything that comes back is compared with the same request alone."""
     rng = np.random.default_rng()
-    wishes = []
-    for _ in range(40):
-        prompt = rng.integers(1, 4096, int(rng.integers(1, 400))).tolist()
-        body = {"prompt": prompt, "max_tokens": int(rng.integers(1, 120)), "seed": int(rng.integers(1000)), "temperature": 0.8}
-        wishes.append({**body, "bits": int(rng.choice([2, 3, 4, 8]))})
     path = model_in(folder)
+    wishes = [wish(rng, routed=folder is None) for _ in range(48)]
     with d2moe.load(path, context=1024) as model:
-        expected = []
-        for wish in wishes:
-            values = {k: v for k, v in wish.items() if k != "prompt"}
-            expected.append(model.generate(wish["prompt"], ignore_eos=True, **values).text)
-    counts = dict.fromkeys(("whole", "hung_up", "failed", "wrong"), 0)
-    resident: list[float] = []
+        expected = [model.generate(w["prompt"], ignore_eos=True, **{k: v for k, v in w.items() if k != "prompt"}).text for w in wishes]
+    counts: Counter[str] = Counter()
+    seconds = 60 * minutes
 
-    async def one(client: httpx.AsyncClient, end: float, seed: int) -> None:
+    async def one(client: httpx.AsyncClient, url: str, end: float, seed: int) -> None:
         mine = np.random.default_rng(seed)
         while time.monotonic() < end:
             await asyncio.sleep(float(mine.exponential(0.2)))
             index = int(mine.integers(len(wishes)))
-            stop = int(mine.integers(1, 20)) if mine.random() < 0.25 else None
+            kind = str(mine.choice(["streamed", "whole", "cancelled", "disconnected"], p=[0.5, 0.25, 0.125, 0.125]))
             try:
-                text, times = await answer(client, wishes[index], stop)
+                if kind == "streamed":
+                    right = (await answer(client, wishes[index]))[0] == expected[index]
+                elif kind == "whole":
+                    right = await complete(client, wishes[index]) == expected[index]
+                elif kind == "cancelled":  # after some tokens
+                    right = expected[index].startswith((await answer(client, wishes[index], int(mine.integers(1, 20))))[0])
+                else:  # at any time, without a word
+                    right = await cut_off(url, wishes[index], float(mine.exponential(0.3)))
             except Exception as error:  # anything that goes wrong is what is being counted
                 counts["failed"] += 1
-                click.echo(f"failed: {error}", err=True)
+                click.echo(f"failed: {error!r}", err=True)
                 continue
-            if stop is not None and len(times) >= stop:
-                counts["hung_up"] += 1
-                counts["wrong"] += not expected[index].startswith(text)
-            else:
-                counts["whole"] += 1
-                counts["wrong"] += text != expected[index]
+            counts[kind] += 1
+            counts["wrong"] += not right
 
-    async def watch(client: httpx.AsyncClient, end: float) -> str:
-        while True:
-            text = (await client.get("/metrics")).text
-            resident.append(figure(text, RESIDENT))
-            if time.monotonic() > end:
-                return text
-            left = max(0, int(end - time.monotonic()))
-            click.echo(f"{counts['whole']} whole, {counts['hung_up']} hung up, {resident[-1] / 1e6:.1f} MB, {left} s left", err=True)
-            await asyncio.sleep(min(5.0, max(0.1, end - time.monotonic())))
+    async def watch(process: subprocess.Popen[str], end: float) -> list[int]:
+        resident = []
+        begin = told = time.monotonic()
+        while time.monotonic() < end:
+            resident.append(status_bytes(process.pid, "VmRSS"))
+            if time.monotonic() - told > 15:
+                told = time.monotonic()
+                click.echo(f"{dict(counts)}, {resident[-1] / 1e6:.1f} MB, {end - told:.0f} of {end - begin:.0f} s left", err=True)
+            await asyncio.sleep(0.1)
+        return resident
 
-    async def run(url: str) -> str:
+    async def run(url: str, process: subprocess.Popen[str]) -> list[int]:
         async with client_for(url) as client:
             end = time.monotonic() + seconds
             seeds = [int(s) for s in rng.integers(1 << 31, size=clients)]
-            done = await asyncio.gather(watch(client, end), *(one(client, end, seed) for seed in seeds))
-            return str(done[0])
+            resident, *_ = await asyncio.gather(watch(process, end), *(one(client, url, end, seed) for seed in seeds))
+            while (await client.get("/health")).json()["running"]:  # those that were cut off last
+                await asyncio.sleep(0.1)
+            return list(resident or [])
 
-    with server(path, "--memory", memory, "--context", "1024") as url:
-        metrics = asyncio.run(run(url))
-        free = httpx.get(f"{url}/metrics").text
-    warm = resident[len(resident) // 4 :]
+    limit = parse_bytes(memory)
+    options = ("--memory", memory, "--expert-memory", expert_memory, "--context", "1024")
+    with group_of(limit) as group, server(path, *options, group=group) as (url, process):
+        resident = asyncio.run(run(url, process))
+        most = status_bytes(process.pid, "VmHWM")
+        metrics = httpx.get(f"{url}/metrics").text
+        killed = group.over() if group else None
+    warm = np.array(resident[len(resident) // 4 :])
+    whole = counts["streamed"] + counts["whole"]
     facts = {
         **counts,
-        "memory_bytes": parse_bytes(memory),
-        "most_resident_bytes": max(resident),
-        "drift": max(warm) / min(warm) - 1 if warm else 0.0,
+        "failed": counts["failed"],
+        "wrong": counts["wrong"],
+        "memory_bytes": limit,
+        "most_resident_bytes": most,
+        "drift": float(warm.max() / warm.min() - 1),
+        "control_group": killed,
         "tokens_per_s": figure(metrics, "d2moe_tokens_total") / seconds,
         "hit_rate": figure(metrics, "d2moe_expert_hit_rate"),
-        "kv_blocks_left": figure(free, "d2moe_kv_blocks") - figure(free, "d2moe_kv_blocks_free"),
+        "kv_blocks_left": figure(metrics, "d2moe_kv_blocks") - figure(metrics, "d2moe_kv_blocks_free"),
     }
     print(json.dumps(facts))
+    bad = [name for name in ("failed", "wrong", "kv_blocks_left") if facts[name]]
+    bad += ["drift"] if facts["drift"] > 0.02 else []
+    bad += ["memory"] if most > limit else []
+    if bad or not whole:
+        raise SystemExit(f"not as it should be: {', '.join(bad) or 'no answer was whole'}")
+
+
+def wish(rng: np.random.Generator, routed: bool) -> dict[str, Any]:
+    """A request whose text depends on it alone."""
+    stem = np.random.default_rng(int(rng.integers(4))).integers(1, 4096, 200).tolist()  # some begin alike
+    prompt = stem[: int(rng.integers(200))] + rng.integers(1, 4096, int(rng.integers(1, 250))).tolist()
+    body = {"prompt": prompt, "max_tokens": int(rng.integers(1, 120)), "seed": int(rng.integers(1000))}
+    bits = rng.choice([2, 2.6, 3, 3.4, 4, 8] if routed else [2, 3, 4, 8])
+    return {**body, "temperature": float(rng.choice([0.0, 0.8])), "bits": float(bits)}
+
+
+async def complete(client: httpx.AsyncClient, body: dict[str, Any]) -> str:
+    """The text of a completion that is not streamed."""
+    response = await client.post("/v1/completions", json={"model": "m", "ignore_eos": True, **body})
+    if response.status_code != 200:
+        raise RuntimeError(f"{response.status_code}: {response.text}")
+    return str(response.json()["choices"][0]["text"])
+
+
+async def cut_off(url: str, body: dict[str, Any], seconds: float) -> bool:
+    """Asks and is gone after `seconds`, whatever was sent by then; False if that was an error."""
+    host, port = url.removeprefix("http://").split(":")
+    data = json.dumps({"model": "m", "ignore_eos": True, "stream": seconds > 0.2, **body}).encode()
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    writer.write(head.encode() + data)
+    with contextlib.suppress(asyncio.TimeoutError):
+        first = await asyncio.wait_for(reader.readline(), seconds)
+        if not first.startswith(b"HTTP/1.1 200"):
+            return False
+        await asyncio.sleep(seconds / 2)
+    writer.transport.abort()
+    return True
 
 
 async def together(url: str, count: int, tokens: int, seed: int) -> float:
@@ -188,7 +278,7 @@ def speed(folder: Path | None, rounds: int, tokens: int) -> None:
     with d2moe.load(path, context=512) as model:
         half = model.engine.ledger.prefix_bytes[4] * model.engine.ledger.layers * model.engine.ledger.experts // 2
     for name, options in (("in memory", ()), ("streamed", ("--expert-memory", str(half)))):
-        with server(path, "--context", "512", *options) as url:
+        with server(path, "--context", "512", *options) as (url, _):
             asyncio.run(together(url, 16, 40, 0))  # the first fills the slots
             pairs = [[asyncio.run(together(url, count, tokens, 1 + r)) for count in (1, 16)] for r in range(rounds)]
         one, many = (float(np.median([p[i] for p in pairs])) for i in range(2))
@@ -227,7 +317,7 @@ def gaps(folder: Path | None, seconds: float, answers: int) -> None:
             median, p99 = float(np.median(found)), float(np.quantile(found, 0.99))
             return {"median_ms": median, "p99_ms": p99, "ratio": p99 / median, "max_ms": float(found.max()), "tokens": len(found)}
 
-    with server(model_in(folder), "--context", "1024") as url:
+    with server(model_in(folder), "--context", "1024") as (url, _):
         asyncio.run(together(url, 16, 40, 0))  # the first fills the slots
         httpx.post(f"{url}/v1/completions", json={"model": "m", "prompt": [7] * 800, "max_tokens": 1}, timeout=600)
         out = {name: asyncio.run(run(url, with_prompts)) for name, with_prompts in (("answers_alone", False), ("with_prompts", True))}
@@ -258,7 +348,7 @@ def overhead(folder: Path | None, rounds: int, tokens: int) -> None:
         model.generate(body["prompt"], ignore_eos=True, **values)
         return float(model.last.generation_tokens_per_s)
 
-    with d2moe.load(path, context=512) as model, server(path, "--context", "512") as url:
+    with d2moe.load(path, context=512) as model, server(path, "--context", "512") as (url, _):
         alone(model), asyncio.run(served(url))
         pairs = [(alone(model), asyncio.run(served(url))) for _ in range(rounds)]
     engine, http = (float(np.median([p[i] for p in pairs])) for i in range(2))

@@ -260,7 +260,9 @@ struct PyProgram {
       expect(kBaseBits <= least.data()[t] && least.data()[t] <= most.data()[t] && most.data()[t] <= kMaxBits,
              "widths are from 2 to 8, the least no more than the most");
     const TokenPlaces places{position.data(), sequence.data(), tables.data(), wide};
-    nb::gil_scoped_release free;
+    // For a few tokens this is shorter than the wait for a GIL that another thread has taken meanwhile.
+    std::optional<nb::gil_scoped_release> free;
+    if (n > 32) free.emplace();
     program.start(tokens.data(), places, n, sequences, rows.data(), int64_t(rows.size()));
   }
 
@@ -420,6 +422,6 @@ NB_MODULE(_native, m) {
       .def_prop_ro("gates", [](const PyProgram& p) { return p.copied(p.program.gates(), p.program.waiting(), p.program.shape().top_k); }, nb::rv_policy::automatic)
       .def("logits", &PyProgram::logits)
       .def("abandon", [](PyProgram& p) { p.program.abandon(); }, nb::call_guard<nb::gil_scoped_release>())
-      .def_prop_ro("wanted_bytes", [](const PyProgram& p) { return p.program.wanted_bytes(); })
+      .def_prop_ro("wanted", [](const PyProgram& p) { return std::vector<int64_t>(p.program.wanted().begin(), p.program.wanted().end()); })
       .def_prop_ro("busy_ns", [](const PyProgram& p) { return p.program.busy_ns(); });
 }

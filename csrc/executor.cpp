@@ -142,16 +142,13 @@ bool Executor::holds(int64_t layer, int64_t pairs, const int32_t* ids, const int
   return true;
 }
 
-int64_t Executor::wanted_bytes(int64_t pairs, const int32_t* ids, const int32_t* bits) {
-  int64_t bytes = 0;
+void Executor::count_wanted(int64_t pairs, const int32_t* ids, const int32_t* bits, int64_t sign, Wanted& wanted) {
+  for (int64_t i = 0; i < pairs; ++i) widest_[size_t(ids[i])] = std::max(widest_[size_t(ids[i])], bits[i]);
   for (int64_t i = 0; i < pairs; ++i) {
     int32_t& widest = widest_[size_t(ids[i])];
-    if (!bits[i]) continue;
-    if (!widest) bytes += shape_.base_bytes, widest = kBaseBits;
-    if (bits[i] > widest) bytes += (bits[i] - widest) * shape_.plane_bytes, widest = bits[i];
+    if (widest) wanted[size_t(widest)] += sign;
+    widest = 0;
   }
-  for (int64_t i = 0; i < pairs; ++i) widest_[size_t(ids[i])] = 0;
-  return bytes;
 }
 
 void Executor::begin(int64_t layer, int64_t tokens, int64_t top_k, const float* h, const int32_t* ids,

@@ -5,6 +5,7 @@
 #include "reader.h"
 #include "slots.h"
 
+#include <array>
 #include <memory>
 #include <stdexcept>
 #include <utility>
@@ -24,6 +25,8 @@ struct ExpertShape {
   int group = 64;
   int64_t base_bytes = 0, plane_bytes = 0; // padded segments on disk and in a slot
 };
+
+using Wanted = std::array<int64_t, kMaxBits + 1>; // experts by the widest width a layer call asks of them
 
 struct ExecutorCounters {
   int64_t read_bytes = 0, reads = 0, stall_ns = 0, compute_ns = 0, calls = 0;
@@ -47,8 +50,8 @@ public:
   int width(int64_t layer, int64_t expert) const { return at(layer, expert).width; }
   // Whether every expert ids[i] has (or is being read up to) bits[i].
   bool holds(int64_t layer, int64_t pairs, const int32_t* ids, const int32_t* bits) const;
-  // Bytes of the planes that these choices ask for, each plane once.
-  int64_t wanted_bytes(int64_t pairs, const int32_t* ids, const int32_t* bits);
+  // Adds `sign` to wanted[b] for each expert of which these choices ask b bits at most.
+  void count_wanted(int64_t pairs, const int32_t* ids, const int32_t* bits, int64_t sign, Wanted& wanted);
   bool begun() const { return layer_ >= 0; }
   // Keeps only the planes up to `bits` (0: nothing).
   void evict(int64_t layer, int64_t expert, int bits);

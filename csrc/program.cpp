@@ -112,7 +112,7 @@ int64_t Program::run() {
       choose_widths(rt_, layer.widths ? &*layer.widths : nullptr, shape_.hidden, tokens_, shape_.top_k, x, h, chosen, gates_.data(),
                     {least_.data(), most_.data(), price_.data()}, wide);
       routed_ = true;
-      wanted_bytes_ += experts_.wanted_bytes(tokens_ * shape_.top_k, chosen, wide);
+      experts_.count_wanted(tokens_ * shape_.top_k, chosen, wide, 1, wanted_);
       held_ = pause_ != Pause::decide && experts_.holds(layer.moe_index, tokens_ * shape_.top_k, chosen, wide);
       if (held_)
         note(layer.moe_index);
@@ -153,9 +153,9 @@ void Program::compute(const int32_t* experts, int64_t count) {
 void Program::choose(const int32_t* widths, const float* gates) {
   if (!routed_ || experts_.begun()) throw std::logic_error("choose: no layer is waiting that has not begun");
   const int64_t pairs = tokens_ * shape_.top_k, layer = layers_[next_].moe_index;
-  wanted_bytes_ -= experts_.wanted_bytes(pairs, ids(layer), bits(layer));
+  experts_.count_wanted(pairs, ids(layer), bits(layer), -1, wanted_);
   std::copy_n(widths, pairs, bits(layer));
-  wanted_bytes_ += experts_.wanted_bytes(pairs, ids(layer), bits(layer));
+  experts_.count_wanted(pairs, ids(layer), bits(layer), 1, wanted_);
   if (gates) std::copy_n(gates, pairs, gates_.data());
 }
 

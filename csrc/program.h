@@ -58,8 +58,8 @@ public:
   };
   std::vector<Note> take_notes(); // all since the last call
   int64_t busy_ns() const { return busy_ns_; } // time spent in the calls above
-  // Bytes of planes that all layers wanted so far: of each expert of a layer up to the widest that any token asked for.
-  int64_t wanted_bytes() const { return wanted_bytes_; }
+  // Experts that layer calls wanted so far, by the widest width that any token asked of them.
+  const Wanted& wanted() const { return wanted_; }
   int64_t rows() const { return int64_t(rows_.size()); }
   const ProgramShape& shape() const { return shape_; }
 
@@ -104,7 +104,8 @@ private:
   int64_t tokens_ = 0, table_blocks_ = 0;
   size_t next_ = 0;     // the layer that comes next
   bool routed_ = false; // its attention and router have run, its experts have not
-  int64_t busy_ns_ = 0, wanted_bytes_ = 0;
+  int64_t busy_ns_ = 0;
+  Wanted wanted_{};
 };
 
 } // namespace d2moe

@@ -115,13 +115,26 @@ def test_the_budget_can_be_changed(page: Any, server: SimpleNamespace) -> None:
     assert page.locator("#memory-note").inner_text().endswith(f"of {(whole + 10**8) / 1e6:.1f} MB")
 
 
+def test_the_policy_can_be_changed_and_its_heat_is_seen(page: Any, server: SimpleNamespace) -> None:
+    page.locator("#policy").focus()
+    assert page.locator("#policy").input_value() == "hebf"
+    page.locator("#policy").select_option("lru")
+    until(page, "document.getElementById('policy-note').textContent === 'set'")
+    assert server.service.engine.policy.name == "lru"
+    page.locator("#text").focus()
+    say(page, "Tell me of a cat.")
+    until(page, "before.state.heat.some((row) => /[5-9]/.test(row))")
+    page.locator("#policy").select_option("hebf")
+    until(page, "before.state.policy === 'hebf'")
+
+
 @pytest.mark.parametrize("width", [320, 390])
 def test_it_fits_a_phone(page: Any, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 700})
     say_box = page.locator("#text")
     say_box.fill("x" * 300)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    for selector in ("#text", "#bits", "#send", "#grid", "#memory", "#budget-size"):
+    for selector in ("#text", "#bits", "#send", "#grid", "#memory", "#budget-size", "#policy"):
         box = page.locator(selector).bounding_box()
         assert box and box["x"] >= 0 and box["x"] + box["width"] <= width and box["width"] > 40, selector
 

@@ -23,7 +23,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serving import serving, wait_idle
 
+import d2moe
 from d2moe.errors import StorageError
+from d2moe.policy import POLICIES
+from d2moe.policy.policy import Policy
 from d2moe.runtime.generate import Model
 from d2moe.serve.gate import Guard
 from d2moe.serve.service import Limits
@@ -187,6 +190,46 @@ def test_the_default_width_can_change(small: SimpleNamespace) -> None:
     assert max(int(d) for row in state["heat"] for d in row) > 3, "the experts of the last answer are hot"
 
 
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "belady"])
+def test_the_policy_can_change_while_answers_run(small: SimpleNamespace, alone: Model, name: str) -> None:
+    """Whatever was decided so far: texts are those of a policy that moves bytes only, before, during and after; heat goes on."""
+    wish = {"prompt": list(range(100, 250)), "max_tokens": 60, "temperature": 0.8, "bits": 8, "ignore_eos": True, "seed": 3}
+    expected = alone.generate(**wish).text
+    least = small.http.get("/admin/state").json()["least_memory_bytes"]
+    small.http.post("/admin/memory", json={"memory": least + 3_000_000})
+    assert post(small, **wish).json()["choices"][0]["text"] == expected
+    with begun(small, True, {**LONG, **wish, "max_tokens": 1000}):
+        while not small.service.worker.running:
+            time.sleep(0.002)
+        now = small.http.post("/admin/policy", json={"policy": name}).json()
+        assert now["policy"] == name in now["policies"] and "belady" not in now["policies"]
+        text = post(small, **wish).json()["choices"][0]["text"]
+        moves_only = type(small.service.engine.policy).choose is Policy.choose
+        assert not moves_only or text == expected
+        if name in ("edgemoe", "adapmoe"):  # its own text, and no block that another policy filled
+            with d2moe.load(context=2048, policy=name) as other:
+                assert text == other.generate(**wish).text
+        heat = small.http.get("/admin/state").json()["heat"]
+        assert max(int(d) for row in heat for d in row) > 3, heat
+        used = small.service.engine.ledger.used_bytes
+        assert name == "on-demand" or used > 1_000_000
+    wait_idle(small)
+    small.http.post("/admin/policy", json={"policy": "hebf"})
+    assert small.service.engine.ledger.rank is None
+    assert post(small, **wish).json()["choices"][0]["text"] == expected
+
+
+def test_policies_that_do_not_fit_are_refused_and_change_nothing(small: SimpleNamespace) -> None:
+    small.http.post("/admin/policy", json={"policy": "lfu"})
+    before = small.service.engine.policy
+    refused(small.http.post("/admin/policy", json={"policy": "belady"}), 400, "must know the future")
+    refused(small.http.post("/admin/policy", json={"policy": "mru"}), 400, "policy is 'mru', expected one of hebf")
+    refused(small.http.post("/admin/policy", json={"policy": "lfu", "learn": "/etc/passwd"}), 400, "learn: unknown field")
+    assert small.service.engine.policy is before and small.service.engine.ledger.rank == before._rank
+    assert post(small, max_tokens=20).status_code == 200
+    assert small.http.post("/admin/policy", json={"policy": "hebf"}).json()["policy"] == "hebf"
+
+
 def test_metrics_count_what_happened(small: SimpleNamespace) -> None:
     def read() -> dict[str, float]:
         text = small.http.get("/metrics").text
@@ -200,12 +243,43 @@ def test_metrics_count_what_happened(small: SimpleNamespace) -> None:
     def rose(name: str, labels: str = "[]") -> float:
         return after[f"d2moe_{name}{labels}"] - before.get(f"d2moe_{name}{labels}", 0)
 
-    assert rose("generated_tokens_total", "[('bits', '3')]") == 8 and rose("prompt_tokens_total", "[('bits', '3')]") == 200
+    assert rose("generated_tokens_total") == 8 and rose("prompt_tokens_total") == 200
     assert rose("prompt_tokens_reused_total") == 64 and rose("requests_total", "[('outcome', 'length')]") == 2
     assert rose("time_to_first_token_seconds_count") == 2 and rose("time_per_token_seconds_count") == 6
     assert rose("tokens_total") == 100 + 6 + 36 and rose("steps_total") == 8 == rose("step_seconds_count")
     assert after["d2moe_resident_bytes[]"] > 5e7 and 0 < after["d2moe_expert_hit_rate[]"] < 1
-    assert sum(v for k, v in after.items() if k.startswith("d2moe_plane_resident_bytes")) == after["d2moe_expert_resident_bytes[]"]
+    for name in ("resident_bytes", "read_bytes_total", "wanted_bytes_total", "missing_bytes_total"):
+        planes = sum(v for k, v in after.items() if k.startswith(f"d2moe_plane_{name}["))
+        assert planes == after[f"d2moe_expert_{name}[]"] > 0, name
+
+
+@pytest.mark.parametrize("policy", ["hebf", "lookahead"])
+def test_metrics_of_widths_are_those_that_were_used(policy: str) -> None:
+    """A fractional dial, in slots that hold a part of the experts: per width, what was read, wanted, missing and computed."""
+    with serving(expert_memory="2MB", policy=policy) as server:
+        asked = [2.5, 3.7, 2.5, 8.0]
+        bits = [post(server, bits=b, max_tokens=30, ignore_eos=True).json()["usage"]["bits"] for b in asked]
+        post(server, bits=8, max_tokens=1)
+        text = server.http.get("/metrics").text
+        samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+        values = {(s.name.removeprefix("d2moe_"), s.labels.get("bits", s.labels.get("le", ""))): s.value for s in samples}
+        c, ledger = server.service.engine.counters, server.service.engine.ledger
+        widths = np.array([values["expert_uses_total", str(b)] for b in range(2, 9)])
+        assert widths.sum() == c.uses and widths @ np.arange(2, 9) == c.use_bits and (widths[[0, 1, 2, 6]] > 0).all()
+        assert 2.2 < bits[0] < 3 < bits[1] < 4.5 and bits[3] == 8
+        assert [values["request_bits_bucket", b] for b in ("2.0", "2.5", "4.0")] == [0, 2, 3] and values["request_bits_count", ""] == 5
+        hit = {b: values["plane_hit_rate", str(b)] for b in range(2, 9)}
+        for b in hit:
+            size = ledger.base_bytes if b == 2 else ledger.plane_bytes
+            assert values["plane_wanted_bytes_total", str(b)] % size == 0
+            missing = values["plane_missing_bytes_total", str(b)]
+            assert hit[b] == pytest.approx(1 - missing / values["plane_wanted_bytes_total", str(b)])
+        ahead = values["expert_read_bytes_total", ""] - values["expert_missing_bytes_total", ""]
+        assert ahead > 0 if policy == "lookahead" else ahead == 0
+        assert sum(values["plane_read_bytes_total", str(b)] for b in hit) == values["expert_read_bytes_total", ""]
+        assert hit[2] > hit[8], "low planes are wanted by all"
+        assert values["memory_budget_bytes", ""] == server.service.engine.budget.memory
+        assert values["stall_seconds_total", ""] > 0
 
 
 def test_a_failed_read_is_a_500_and_the_next_request_works(small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,7 @@ commands = Table(
     {
         "run": "d2moe.cli.run:run",
         "serve": "d2moe.cli.serve:serve",
+        "control": "d2moe.cli.control:control",
         "convert": "d2moe.cli.files:convert",
         "inspect": "d2moe.cli.files:inspect",
         "verify": "d2moe.cli.files:verify",

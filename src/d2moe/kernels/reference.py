@@ -185,7 +185,8 @@ class Program:
         self.rope_scale, self.ids, self.bits = facts["rope_scale"], facts["ids"], facts["bits"]
         self.dials: tuple[I32, I32, F32] = (facts["least"], facts["most"], facts["price"])
         self.layers: list[tuple[Attention, Router | None, FeedForward | None, WidthRouter | None, int]] = []
-        self.next, self.routed, self.wanted_bytes = 0, False, 0
+        self.next, self.routed = 0, False
+        self.wanted = np.zeros(MAX_BITS + 1, np.int64)
         self.when, self.held = "missing", False
         self.notes: list[tuple[int, I32, I32]] = []
 
@@ -229,7 +230,7 @@ class Program:
                 self.bits[moe, :n] = wide
                 self.routed, self.begun = True, False
                 widest = self.widest(moe)
-                self.wanted_bytes += sum(self.experts.prefix_bytes(int(bits)) for bits in widest)
+                self.wanted += self.count(widest)
                 missing = any(self.experts.width(moe, int(e)) < widest[e] for e in np.flatnonzero(widest))
                 self.held = self.when != "decide" and not missing
                 if self.held:
@@ -248,6 +249,11 @@ class Program:
         np.maximum.at(widest, self.ids[moe, :n].reshape(-1), self.bits[moe, :n].reshape(-1))
         return widest
 
+    @staticmethod
+    def count(widest: I32) -> npt.NDArray[np.int64]:
+        """Experts by the widest width asked of them."""
+        return np.bincount(widest[widest > 0], minlength=MAX_BITS + 1)
+
     def pause(self, when: str) -> None:
         self.when = when
 
@@ -262,9 +268,9 @@ class Program:
 
     def choose(self, bits: I32, gates: F32 | None = None) -> None:
         moe = self.layers[self.next][-1]
-        before = sum(self.experts.prefix_bytes(int(b)) for b in self.widest(moe))
+        self.wanted -= self.count(self.widest(moe))
         self.bits[moe, : len(self.x)] = bits
-        self.wanted_bytes += sum(self.experts.prefix_bytes(int(b)) for b in self.widest(moe)) - before
+        self.wanted += self.count(self.widest(moe))
         self.gates = self.gates if gates is None else gates.copy()
 
     def compute(self, experts: I32 | None) -> None:

@@ -60,8 +60,6 @@ class Ledger:
         """Note the demand of the layer calls `ids` int32 [layers, tokens, top_k] of the layers from `first_layer` on, at
         widths `bits` of that shape; both are kept and must not change. Worked into the values when they are next asked
         for: most steps find all in memory and never ask."""
-        if self.rank is not None:  # the policy keeps its own account
-            return
         self._noted.append((first_layer, ids, bits))
         if len(self._noted) >= NOTED_CALLS:
             self._value_noted()
@@ -74,7 +72,8 @@ class Ledger:
             place = ids * SEGMENTS + (bits - BASE_BITS)
             if layers > 1:
                 place += (np.arange(layers, dtype=np.int32) * (self.experts * SEGMENTS))[:, None, None]
-            wanted = np.bincount(place.reshape(-1), minlength=layers * self.experts * SEGMENTS).reshape(layers, self.experts, SEGMENTS)
+            # Some policies leave choices out: those have 0 bits.
+            wanted = np.bincount(place[bits > 0], minlength=layers * self.experts * SEGMENTS).reshape(layers, self.experts, SEGMENTS)
             wanted = wanted[..., ::-1].cumsum(axis=2)[..., ::-1]  # who wants a plane wants all lower ones
             part = slice(first, first + layers)
             demand, seen = self._demand[part], self._tokens[part]

@@ -121,6 +121,7 @@ class WholeExperts(Policy):
         self.calls += 1
 
     def touch(self, first_layer: int, ids: I32, bits: I32) -> None:
+        super().touch(first_layer, ids, bits)  # for heat, and for a policy that may follow
         for offset, (of_layer, widths) in enumerate(zip(ids, bits, strict=True)):
             self.use(first_layer + offset, of_layer, widths)
 

@@ -84,14 +84,16 @@ class Engine:
         self.experts.set_limit(self.budget.experts)
         self.ledger = Ledger(len(layers), container.experts, record.base_bytes, record.plane_bytes, self.budget.experts)
         self.counters = Counters()
-        learn = Trace.load(config.learn) if config.learn else None
-        self.policy = policy.make(config.policy, self.ledger, shape.top_k, learn=learn)
+        self._learn = Trace.load(config.learn) if config.learn else None
+        self.policy = policy.make(config.policy, self.ledger, shape.top_k, learn=self._learn)
+        self.epoch = 0
+        """Grows when a text's keys and values may from now on be others than before."""
         self._streamer = Streamer(self.experts, self.ledger, self.counters, backend.StorageFailure, self.policy)
         report = (lambda index: progress(index + 1, shape.layers)) if progress else None
         dense = DenseOptions(config.dense_width, record.group, memory.Arena(self.budget.dense).take)
         widths = [self.router.layer(index) for index in range(len(layers))] if self.router else []
         self.decoder = Decoder(backend, self.runtime, shape, container, dense, chunk, self.kv, self.experts, report, widths)
-        self.decoder.program.pause("decide" if self.policy.decides else "missing")
+        self._pause()
         self.timeline = Timeline(config.timeline, self.experts) if config.timeline else None
         self._streamer.timeline = self.timeline
 
@@ -131,13 +133,16 @@ class Engine:
         facts = (record.base_bytes, record.plane_bytes, last, self.container.path.name)
         recorder = Recorder(Meta(len(shape.moe_layers), shape.experts, shape.top_k, *facts), ahead)
         self._streamer.recorder = recorder
-        if not self.policy.decides:
-            self.decoder.program.pause("watch")
+        self._pause()
         return recorder
 
     def stop_recording(self) -> None:
         self._streamer.recorder = None
-        self.decoder.program.pause("decide" if self.policy.decides else "missing")
+        self._pause()
+
+    def _pause(self) -> None:
+        """Where the core comes back to Python."""
+        self.decoder.program.pause("decide" if self.policy.decides else "watch" if self._streamer.recorder else "missing")
 
     def set_policy(self, name: str) -> None:
         """Let another policy decide between two steps; what is resident stays. It starts without what the last one saw."""
@@ -171,6 +176,26 @@ class Engine:
             self.experts.evict(np.array([(layer, expert, bits) for (layer, expert), bits in freed.items()], np.int32))
         self.experts.set_limit(experts)
         self.budget = replace(self.budget, memory=n_bytes, experts=experts)
+
+    def set_policy(self, name: str) -> None:
+        """Change the policy between two steps; what is in memory stays, and the new one learns from the trace that the engine was
+        given, if it is one that learns.
+
+        ConfigError, and no change, for a name that does not exist or a policy that needs the future.
+        """
+        self._streamer.hear(self.decoder)
+        kind, old = policy.policy_class(name), self.policy
+        rank, turns = self.ledger.rank, self.ledger.takes_turns
+        self.ledger.rank = None
+        try:
+            self.policy = policy.make(name, self.ledger, self.shape.top_k, learn=self._learn if kind.learns else None)
+        except ConfigError:
+            self.ledger.rank, self.ledger.takes_turns = rank, turns
+            raise
+        self._streamer.follow(self.policy)
+        self._pause()
+        if any(type(p).choose is not policy.Policy.choose for p in (old, self.policy)):
+            self.epoch += 1
 
     def dial(self, bits: float, uniform: bool = False) -> tuple[int, int, float]:
         """Least and most width and the price of a plane at which tokens take `bits` on average.
@@ -229,7 +254,10 @@ class Engine:
             raise
         counters = self.counters
         counters.read_bytes, counters.reads, stall, compute, _ = self.experts.counters
-        counters.wanted_bytes = self.decoder.program.wanted_bytes
+        wanted = np.array(self.decoder.program.wanted, np.int64)
+        counters.wanted_bytes = int(wanted @ self.ledger.prefix_bytes)
+        counters.planes_wanted = wanted[::-1].cumsum()[::-1]  # who wants a plane wants all lower ones
+        counters.planes_wanted[:BASE_BITS] = 0
         counters.stall_seconds, counters.compute_seconds = stall / 1e9, compute / 1e9
         counters.steps += 1
         counters.step_seconds += time.perf_counter() - begin
@@ -273,12 +301,8 @@ class Engine:
         if recorder is not None:
             recorder.end()
         out = decoder.logits()
-        at = 0
-        for index, (chunk, part, _) in enumerate(items):
-            self._count(chunk, slice(at, at + len(part)), slice(ends[index], ends[index + 1]))
-            chunk.sequence.length += len(part)
-            at += len(part)
-        self.counters.tokens += at
+        self._count([chunk for chunk, *_ in items], lengths, ends)
+        self.counters.tokens += n
         return out
 
     def heat(self) -> npt.NDArray[np.float64]:
@@ -286,21 +310,31 @@ class Engine:
         self._streamer.hear(self.decoder)
         return self.ledger.heat()
 
-    def _count(self, chunk: Chunk, tokens: slice, rows: slice) -> None:
-        """The widths that a chunk's tokens took; the model's last layer saw only those whose logits were wanted."""
-        bits, layers = self.decoder.bits, len(self.shape.moe_layers)
+    def _count(self, chunks: list[Chunk], lengths: list[int], ends: list[int]) -> None:
+        """The widths that each chunk's tokens took; the model's last layer saw only those whose logits were wanted, the rows
+        before `ends`."""
+        bits, layers, c = self.decoder.bits, len(self.shape.moe_layers), self.counters
         last = int(self.decoder.ends_with(layers - 1))
-        uses = ((tokens.stop - tokens.start) * (layers - last) + (rows.stop - rows.start) * last) * self.shape.top_k
-        total = int(bits[: layers - last, tokens].sum()) + int(bits[layers - last :, rows].sum())
-        for counts in (self.counters, chunk.sequence):
-            counts.uses += uses
-            counts.use_bits += total
+        most, some = bits[: layers - last, : sum(lengths)], bits[layers - last :, : ends[-1]]
+        for part in (most, some):
+            c.width_uses = c.width_uses + np.bincount(part.reshape(-1), minlength=MAX_BITS + 1)
+        of_token, of_row = ([0, *part.sum((0, 2)).cumsum().tolist()] for part in (most, some))
+        at = 0
+        for index, (chunk, n) in enumerate(zip(chunks, lengths, strict=True)):
+            first, after = ends[index], ends[index + 1]
+            uses = (n * (layers - last) + (after - first) * last) * self.shape.top_k
+            total = of_token[at + n] - of_token[at] + of_row[after] - of_row[first]
+            for counts in (c, chunk.sequence):
+                counts.uses += uses
+                counts.use_bits += total
+            chunk.sequence.length += n
+            at += n
 
     def describe(self) -> dict[str, Any]:
         """Facts for reports: kernel table, threads, storage path, how the budget is split (bytes)."""
         return {
             "kernels": self.runtime.table,
-            "policy": self.config.policy,
+            "policy": self.policy.name,
             "dense_bits": self.config.dense_width,
             "width_router": self.router is not None,
             "kv": self.config.kv,

@@ -1,8 +1,9 @@
 """Pages of the key/value cache: which blocks belong to which sequence, and which blocks several sequences share.
 
-A full block's keys and values depend on the tokens up to its end and on the width they were computed at, nothing else
-(results are bit-identical whatever the budget, the cut and the company). So a block is known by a hash of those, chained
-from block to block, and a sequence that begins like an earlier one takes that one's blocks instead of computing them.
+A full block's keys and values depend on the tokens up to its end, on the width they were computed at, and on the policy
+where that one changes widths, nothing else (results are bit-identical whatever the budget, the cut and the company). So
+a block is known by a hash of those, chained from block to block, and a sequence that begins like an earlier one takes
+that one's blocks instead of computing them.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ def next_key(before: bytes, tokens: npt.NDArray[np.int32]) -> bytes:
     return hashlib.blake2b(tokens.tobytes(), digest_size=16, key=before).digest()
 
 
-def root_key(bits: float) -> bytes:
-    """What the first block of a sequence at width `bits` follows."""
-    return hashlib.blake2b(repr(float(bits)).encode(), digest_size=16).digest()
+def root_key(bits: float, epoch: int) -> bytes:
+    """What the first block of a sequence at width `bits` follows; see `Engine.epoch`."""
+    return hashlib.blake2b(f"{float(bits)!r} {epoch}".encode(), digest_size=16).digest()
 
 
 class Pages:

@@ -118,7 +118,8 @@ def check_prompt(prompt: Sequence[int], vocab: int, context: int) -> list[int]:
 class Request:
     """State of one answer. `pending` are the tokens to feed next; `finish_reason` is None until it ends.
 
-    `limit` is the most tokens it may have. `grammar` limits the tokens that may be drawn; it is used up. `prompt_logprobs` is
+    `limit` is the most tokens it may have. `grammar` limits the tokens that may be drawn; it is used up. `shown` are special
+    tokens that are part of the text all the same. `prompt_logprobs` is
     filled by `score`.
     """
 
@@ -132,6 +133,7 @@ class Request:
         context: int,
         eos_ids: Collection[int],
         grammar: Grammar | None = None,
+        shown: Collection[int] = (),
     ):
         self.prompt = check_prompt(prompt, vocab, context)
         self.params = params
@@ -143,7 +145,7 @@ class Request:
         self.limit = room if params.max_tokens is None else min(params.max_tokens, room)
         self._eos = frozenset() if params.ignore_eos else frozenset(eos_ids)
         self._sampler = Sampler(params, self.prompt, vocab)
-        self._decoder = tokenizer.stream()
+        self._decoder = tokenizer.stream(shown=shown)
         self._stops = StopText(params.stop)
         self._grammar = grammar
         self.prompt_logprobs: list[TokenLogprob] = []

@@ -63,7 +63,7 @@ class Job:
         self.text = np.empty(len(request.prompt) + request.limit, np.int32)
         self.text[: len(request.prompt)] = request.prompt
         self.total = len(request.prompt)
-        self.root = root_key(bits)
+        self.root = b""  # of the keys of its blocks, since it was last started
         self.reused_tokens = self._uses = self._use_bits = 0
         self.cancelled = self.ended = self.restarted = False
         self.submitted = self.admitted = self.first = self.last = 0.0
@@ -168,7 +168,7 @@ class Scheduler:
         pages = self.engine.pages
         while self.waiting and len(self.running) < self.most_running:
             job = self.waiting[0]
-            job.sequence = self.engine.new_sequence()
+            job.sequence, job.root = self.engine.new_sequence(), root_key(job.bits, self.engine.epoch)
             reused = self._reuse(job)
             promised = sum(j.sequence.missing_blocks(j.due) for j in self.running if j.sequence)
             if promised + job.sequence.missing_blocks(job.due) > pages.available and self.running:

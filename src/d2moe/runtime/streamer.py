@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,14 @@ from d2moe.policy.plan import Plan, Wave
 from d2moe.policy.policy import Policy
 from d2moe.policy.trace import NO_FORECAST, Recorder
 from d2moe.runtime.timeline import Timeline
+from d2moe.types import BASE_BITS, MAX_BITS
 
 I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+
+
+def _by_width() -> I64:
+    return np.zeros(MAX_BITS + 1, np.int64)
 
 
 @dataclass
@@ -25,8 +31,10 @@ class Counters:
     """What an engine did since it was loaded; `a - b` gives a stretch.
 
     `wanted_bytes` and `missing_bytes`: plane bytes the experts of each layer call asked for, and what of them was not
-    resident. `plans`: layer calls that were decided on. `forecast`: choices foreseen for a next layer by policies that look
-    ahead, and `forecast_right` those that came. `uses`, `use_bits`: (token, expert) pairs and the sum of their widths.
+    resident; `planes_wanted`, `planes_missing` and `planes_read` int64 [MAX_BITS + 1] count planes instead, by the width
+    that each makes (2 is an expert's base), the last with what was read ahead. `plans`: layer calls that were decided on.
+    `forecast`: choices foreseen for a next layer by policies that look ahead, and `forecast_right` those that came. `uses`,
+    `use_bits`: (token, expert) pairs and the sum of their widths; `width_uses` int64 [MAX_BITS + 1] is how many at each width.
     Seconds: in steps altogether, deciding, in the experts' arithmetic, and waiting for reads while there was nothing to
     compute.
     """
@@ -46,6 +54,11 @@ class Counters:
     decide_seconds: float = 0.0
     compute_seconds: float = 0.0
     stall_seconds: float = 0.0
+    # Never changed in place, so that a snapshot keeps what it has.
+    planes_wanted: I64 = field(default_factory=_by_width)
+    planes_missing: I64 = field(default_factory=_by_width)
+    planes_read: I64 = field(default_factory=_by_width)
+    width_uses: I64 = field(default_factory=_by_width)
 
     def snapshot(self) -> Counters:
         return replace(self)
@@ -82,6 +95,10 @@ class Streamer:
         self._silent_steps = 0
         self._expected: tuple[int, I32] | None = None
         self._waiting: I32 | None = None
+
+    def follow(self, policy: Policy) -> None:
+        """Another policy over the same ledger from the next step on."""
+        self.policy, self._expected = policy, None
 
     def run(self, decoder: Decoder) -> None:
         """Bring the step that was started to its end."""
@@ -161,13 +178,20 @@ class Streamer:
                 self.ledger.shrink(layer, expert, self.experts.width(layer, expert))
 
     def _send(self, index: int) -> None:
-        self._move(self._plan.waves[index])
+        c = self.counters
+        c.planes_missing = c.planes_missing + self._move(self._plan.waves[index])
 
-    def _move(self, wave: Wave, may_wait: bool = False) -> None:
+    def _move(self, wave: Wave, may_wait: bool = False) -> I64:
+        """Evict and start reading; the planes that are read, by the width that each makes."""
+        planes = _by_width()
         if len(wave.evict):
             self.experts.evict(wave.evict)
         if len(wave.read):
+            for layer, expert, bits in wave.read.tolist():
+                planes[max(BASE_BITS, self.experts.width(layer, expert) + 1) : bits + 1] += 1
             self.experts.read(wave.read, may_wait)
+            self.counters.planes_read = self.counters.planes_read + planes
+        return planes
 
     def _evicts(self, index: int, experts: I32) -> bool:
         gone = self._plan.waves[index].evict

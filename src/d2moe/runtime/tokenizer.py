@@ -7,7 +7,7 @@ at the beginning; where it has none, "add_bos_token" and "add_eos_token" of toke
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,13 @@ class Tokenizer:
         config: Mapping[str, Any] | None = None,
         template: str | None = None,
         where: str = "tokenizer",
+        tool_template: str | None = None,
     ):
         self.backend = backend
         self.config = dict(config or {})
         self.where = where
-        self._template = template
-        self._render: Callable[[dict[str, Any]], str] | None = None
+        self._template, self._tool_template = template, tool_template
+        self._renderers: dict[str, Callable[[dict[str, Any]], str]] = {}
         # tokenizer.json may carry the settings of a training run; a prompt must never be cut or padded in silence.
         backend.no_truncation()
         backend.no_padding()
@@ -70,12 +71,15 @@ class Tokenizer:
             raise ContainerError(f"{file} is not a tokenizer this library can read: {error}") from None
         config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
         jinja = folder / "chat_template.jinja"
+        tool_template = None
         try:
-            if template is None:
-                template = jinja.read_text("utf-8") if jinja.is_file() else _default_template(config.get("chat_template"))
+            if template is None and jinja.is_file():
+                template = jinja.read_text("utf-8")
+            elif template is None:
+                template, tool_template = _named_templates(config.get("chat_template"))
         except UnicodeDecodeError:
             raise ContainerError(f"{jinja} is not UTF-8 text; copy it from the source checkpoint again") from None
-        return cls(backend, config, template, folder.name)
+        return cls(backend, config, template, folder.name, tool_template)
 
     @property
     def bos_id(self) -> int | None:
@@ -89,6 +93,11 @@ class Tokenizer:
     def template(self) -> str | None:
         """The chat template, in Jinja's language."""
         return self._template
+
+    @property
+    def tool_template(self) -> str | None:
+        """The chat template for messages with tools; where there is none of its own it is the other."""
+        return self._tool_template or self._template
 
     @property
     def has_chat(self) -> bool:
@@ -106,9 +115,9 @@ class Tokenizer:
         """Text of token ids; half a character at the end becomes U+FFFD."""
         return str(self.backend.decode(list(tokens), skip_special_tokens=skip_special))
 
-    def stream(self, skip_special: bool = True) -> DecodeStream:
-        """A decoder that takes one token at a time."""
-        return DecodeStream(self, skip_special)
+    def stream(self, skip_special: bool = True, shown: Collection[int] = ()) -> DecodeStream:
+        """A decoder that takes one token at a time; special tokens `shown` are part of the text even if it skips them."""
+        return DecodeStream(self, skip_special, shown)
 
     def n_bytes(self, tokens: Sequence[int]) -> int:
         """UTF-8 bytes of the text of `tokens`, special tokens included; the denominator of bits per byte."""
@@ -118,13 +127,14 @@ class Tokenizer:
         self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
     ) -> str:
         """The prompt text the model's chat template makes of `messages` (dicts with "role" and "content")."""
-        if self._template is None:
+        template = self.tool_template if variables.get("tools") else self._template
+        if template is None:
             raise RequestError(
                 f"{self.where} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
                 "it is a plain text model: use generate() or `d2moe run --raw`"
             )
-        if self._render is None:
-            self._render = _compile(self._template, self.where)
+        if template not in self._renderers:
+            self._renderers[template] = _compile(template, self.where)
         known = {
             **self.special,
             "tools": None,
@@ -137,7 +147,7 @@ class Tokenizer:
             plain = json.loads(json.dumps({**known, "messages": [dict(m) for m in messages]}))
         except (TypeError, ValueError) as error:
             raise RequestError(f'messages must be dicts of plain values with "role" and "content": {error}') from None
-        return self._render(plain)
+        return self._renderers[template](plain)
 
     def chat(
         self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
@@ -145,9 +155,10 @@ class Tokenizer:
         """Token ids of `chat_text`; the template writes the special tokens itself, so none are added."""
         return self.encode(self.chat_text(messages, add_generation_prompt, **variables), add_special=False)
 
-    def is_token(self, text: str) -> bool:
-        """True if exactly `text` is one token."""
-        return self.backend.token_to_id(text) is not None
+    def token_id(self, text: str) -> int | None:
+        """The token that is exactly `text`, if there is one."""
+        found = self.backend.token_to_id(text)
+        return None if found is None else int(found)
 
     def is_byte(self, token: int) -> bool:
         """True for a byte token of a vocabulary with byte fallback, as <0xE2>."""
@@ -159,8 +170,7 @@ class Tokenizer:
 
     def _id(self, name: str) -> int | None:
         text = self.special.get(name)
-        found = self.backend.token_to_id(text) if text is not None else None
-        return None if found is None else int(found)
+        return None if text is None else self.token_id(text)
 
     def _add_ends(self) -> None:
         from tokenizers.processors import TemplateProcessing
@@ -189,13 +199,15 @@ class DecodeStream:
     window moves up once its own text proves to be the end of the text before.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
-        self._tokenizer, self._skip = tokenizer, skip_special
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, shown: Collection[int] = ()):
+        self._tokenizer, self._skip, self._shown = tokenizer, skip_special, frozenset(shown)
         self._window: list[int] = []
         self._sent = 0  # characters of the window's text that were returned
 
     def push(self, token: int) -> str:
         """The text that became certain with `token`; may be empty."""
+        if token in self._shown:
+            return self.finish() + self._tokenizer.decode([token], skip_special=False)
         self._window.append(token)
         if self._tokenizer.is_byte(token) or (self._skip and self._tokenizer.is_special(token)):
             return ""
@@ -305,12 +317,14 @@ def _content(token: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _default_template(value: Any) -> str | None:
-    """tokenizer_config's "chat_template": a string, or a list of named ones of which "default" is meant."""
-    if isinstance(value, list):
-        named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
-        value = named.get("default")
-    return value if isinstance(value, str) else None
+def _named_templates(value: Any) -> tuple[str | None, str | None]:
+    """tokenizer_config's "chat_template": a string, or a list of named ones, of which "default" is meant, and "tool_use" for
+    messages with tools, as in transformers."""
+    if not isinstance(value, list):
+        return (value if isinstance(value, str) else None), None
+    named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
+    plain, tools = (t if isinstance(t := named.get(name), str) else None for name in ("default", "tool_use"))
+    return plain, tools
 
 
 def _read_json(file: Path) -> dict[str, Any]:

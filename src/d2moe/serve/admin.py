@@ -1,4 +1,4 @@
-"""Live control: what is in memory, the budget, and the default width. Behind the API key, or for this machine alone."""
+"""Live control: what is in memory, the budget, the policy, and the default width. Behind the API key, or for this machine alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
+from d2moe.policy import POLICIES
+from d2moe.policy.policy import policy_class
 from d2moe.runtime import memory
 from d2moe.runtime.config import parse_bytes
 from d2moe.serve import schema
@@ -21,6 +23,8 @@ class State(BaseModel):
 
     model: str
     default_bits: float
+    policy: str
+    policies: list[str] = Field(description="Those it can be changed to.")
     quality: dict[str, float]
     context: int
     running: int
@@ -61,6 +65,12 @@ def add_admin(app: FastAPI, service: Service, errors: dict[int | str, dict[str, 
         await asyncio.wrap_future(service.worker.call(lambda: service.engine.set_memory(n_bytes)))
         return await state()
 
+    @app.post("/admin/policy", response_model=State, responses=refusals)
+    async def set_policy(body: schema.PolicyRequest) -> dict[str, Any]:
+        """Change which planes are read, kept and computed, between two steps; what is in memory stays."""
+        await asyncio.wrap_future(service.worker.call(lambda: service.engine.set_policy(body.policy)))
+        return await state()
+
     @app.post("/admin/defaults", response_model=State, responses=refusals)
     async def set_defaults(body: schema.DefaultsRequest) -> dict[str, Any]:
         """Change the width of requests that name none; those under way keep theirs."""
@@ -79,6 +89,8 @@ def snapshot(service: Service) -> dict[str, Any]:
     return {
         "model": service.name,
         "default_bits": service.default_bits,
+        "policy": engine.policy.name,
+        "policies": [name for name in POLICIES if not policy_class(name).needs_future],
         "quality": QUALITIES,
         "context": engine.context,
         "running": running,

@@ -110,8 +110,8 @@ class Answer(ABC):
         finally:
             self.close()
 
-    async def chunks(self, with_usage: bool) -> AsyncGenerator[list[dict[str, Any]], None]:
-        """Objects to stream as they come, in batches; an error ends them as an object with "error"."""
+    async def chunks(self, with_usage: bool) -> AsyncGenerator[list[dict[str, Any]] | None, None]:
+        """Objects to stream as they come, in batches, None after a long silence; an error ends them as an object with "error"."""
         try:
             yield [self._chunk(choice) for index in range(len(self.jobs)) for choice in self.first(index)]
             async for batch in self._channel.batches():
@@ -124,7 +124,7 @@ class Answer(ABC):
                         return
                     else:
                         out += [self._chunk(choice) for choice in self.last(index, said)]
-                yield out
+                yield out if batch else None
             if with_usage:
                 yield [{**self._head, "object": self.chunk_kind, "choices": [], "usage": usage(self.plan, self.jobs)}]
         finally:
@@ -211,8 +211,8 @@ class ChatAnswer(Answer):
 
     def __init__(self, *facts: Any):
         super().__init__(*facts)
-        names = {tool.function.name for tool in self.plan.tools}
-        self._readers = [ToolReader(names, self.plan.several_calls) if names else None for _ in self.jobs]
+        plan = self.plan
+        self._readers = [ToolReader(plan.form, plan.tools, plan.several_calls) if plan.tools else None for _ in self.jobs]
         self._text = [""] * len(self.jobs)
         self._calls: list[list[dict[str, Any]]] = [[] for _ in self.jobs]
         self._scored: list[list[dict[str, Any]]] = [[] for _ in self.jobs]

@@ -12,13 +12,14 @@ from prometheus_client.registry import Collector
 
 from d2moe.runtime import memory
 from d2moe.runtime.scheduler import Ended, Job
-from d2moe.types import BASE_BITS, WIDTHS
+from d2moe.types import BASE_BITS, MAX_BITS, WIDTHS
 
 if TYPE_CHECKING:
     from d2moe.runtime.worker import Worker
 
 TOKEN_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 FIRST_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
+DIALS = (2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)
 BATCH = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -35,9 +36,10 @@ class Metrics:
         self._batch = Histogram("d2moe_step_sequences", "Sequences in one step", buckets=BATCH, registry=registry)
         self._tokens = Histogram("d2moe_step_tokens", "Tokens in one step", buckets=(1, 4, 16, 64, 256, 1024), registry=registry)
         self._ended = Counter("d2moe_requests", "Answers by how they ended", ["outcome"], registry=registry)
-        self._prompt = Counter("d2moe_prompt_tokens", "Tokens of prompts", ["bits"], registry=registry)
+        self._asked = Histogram("d2moe_request_bits", "Average width that an answer is asked for at", buckets=DIALS, registry=registry)
+        self._prompt = Counter("d2moe_prompt_tokens", "Tokens of prompts", registry=registry)
         self._reused = Counter("d2moe_prompt_tokens_reused", "Tokens of prompts that need not be computed", registry=registry)
-        self._drawn = Counter("d2moe_generated_tokens", "Tokens of answers", ["bits"], registry=registry)
+        self._drawn = Counter("d2moe_generated_tokens", "Tokens of answers", registry=registry)
         self._http = Counter("d2moe_http_responses", "Responses by status", ["status"], registry=registry)
 
     def watch(self, worker: Worker) -> None:
@@ -62,9 +64,10 @@ class Metrics:
         self._ended.labels(name).inc()
         if job.admitted:
             self._queued.observe(job.admitted - job.submitted)
-            self._prompt.labels(str(round(job.bits))).inc(len(job.request.prompt))
+            self._asked.observe(job.bits)
+            self._prompt.inc(len(job.request.prompt))
             self._reused.inc(job.reused_tokens)
-        self._drawn.labels(str(round(job.bits))).inc(len(job.request.tokens))
+        self._drawn.inc(len(job.request.tokens))
 
 
 class _Engine(Collector):
@@ -99,12 +102,23 @@ class _Engine(Collector):
             ("engine_seconds", "In steps altogether", c.step_seconds),
         ):
             yield CounterMetricFamily(f"d2moe_{name}", text, total)
-        planes = GaugeMetricFamily("d2moe_plane_resident_bytes", "Bytes in memory of planes, by the width each makes", labels=["bits"])
         experts = GaugeMetricFamily("d2moe_experts_resident", "Experts in memory at each width", labels=["bits"])
-        counts = np.bincount(ledger.width.reshape(-1), minlength=max(WIDTHS) + 1)
+        uses = CounterMetricFamily("d2moe_expert_uses", "Tokens times their experts, by the width each was computed at", labels=["bits"])
+        planes: list[GaugeMetricFamily | CounterMetricFamily] = [
+            GaugeMetricFamily("d2moe_plane_resident_bytes", "Bytes in memory of planes, by the width that each makes", labels=["bits"]),
+            CounterMetricFamily("d2moe_plane_wanted_bytes", "Bytes of planes that steps asked for", labels=["bits"]),
+            CounterMetricFamily("d2moe_plane_missing_bytes", "Of them, not in memory when asked for", labels=["bits"]),
+            CounterMetricFamily("d2moe_plane_read_bytes", "Bytes of planes read from storage, those read ahead included", labels=["bits"]),
+            GaugeMetricFamily("d2moe_plane_hit_rate", "Share of the wanted bytes of planes that was in memory", labels=["bits"]),
+        ]
+        resident = np.bincount(ledger.width.reshape(-1), minlength=MAX_BITS + 1)
         for bits in WIDTHS:
-            plane = ledger.base_bytes if bits == BASE_BITS else ledger.plane_bytes
-            planes.add_metric([str(bits)], float(counts[bits:].sum() * plane))
-            experts.add_metric([str(bits)], float(counts[bits]))
-        yield planes
-        yield experts
+            wanted, missing = int(c.planes_wanted[bits]), int(c.planes_missing[bits])
+            size = ledger.base_bytes if bits == BASE_BITS else ledger.plane_bytes
+            hits = 1 - missing / wanted if wanted else 1
+            sums = (resident[bits:].sum() * size, wanted * size, missing * size, c.planes_read[bits] * size, hits)
+            experts.add_metric([str(bits)], float(resident[bits]))
+            uses.add_metric([str(bits)], float(c.width_uses[bits]))
+            for family, value in zip(planes, sums, strict=True):
+                family.add_metric([str(bits)], float(value))
+        yield from (experts, uses, *planes)

@@ -152,6 +152,10 @@ class MemoryRequest(Strict):
     memory: str | int = Field(description='The whole process, as "6GB" or a number of bytes.')
 
 
+class PolicyRequest(Strict):
+    policy: str = Field(max_length=100, description="One of the policies of /admin/state.")
+
+
 class DefaultsRequest(Strict):
     bits: float = Field(ge=BASE_BITS, le=MAX_BITS, description="Width of requests that name none.")
 

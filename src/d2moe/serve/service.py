@@ -16,7 +16,8 @@ from d2moe.runtime.worker import Worker
 from d2moe.serve import tools
 from d2moe.serve.metrics import Metrics
 from d2moe.serve.schema import MOST_CHOICES, ChatRequest, Common, CompletionRequest, Tool, width_of
-from d2moe.serve.stream import Channel
+from d2moe.serve.stream import Channel, Outbox
+from d2moe.serve.tools import Form
 
 COMPLETION_TOKENS = 16
 """Tokens of a plain completion that asks for no number, as in OpenAI's interface."""
@@ -46,7 +47,10 @@ class Plan:
     grammars: list[Grammar | None]
     generate: bool = True
     tools: list[Tool] = field(default_factory=list)
+    form: Form = field(default_factory=Form)
     several_calls: bool = True
+    shown: tuple[int, ...] = ()
+    """Special tokens that are part of the text."""
 
 
 class Service:
@@ -62,6 +66,7 @@ class Service:
         self.worker = Worker(engine, self.limits.queue, self.metrics)
         self.metrics.watch(self.worker)
         self._grammars = grammars
+        self._outbox: Outbox | None = None  # of the event loop, once there is one
 
     @property
     def engine(self) -> Any:
@@ -85,7 +90,7 @@ class Service:
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestError("top_logprobs needs logprobs")
         tokenizer = self.model.tokenizer
-        offered = tools.offered(body, tokenizer.template)
+        offered, form = tools.offered(body, tokenizer.tool_template)
         variables: dict[str, Any] = dict(body.chat_template_kwargs or {})
         taken = {"messages", "tools", "add_generation_prompt"} & variables.keys()
         if taken:
@@ -93,18 +98,22 @@ class Service:
         if offered:
             variables["tools"] = [tool.model_dump(exclude_none=True) for tool in offered]
         prompt = tokenizer.chat([tools.plain(m) for m in body.messages], **variables)
-        constraint = self._constraint(body, tools.forced(body, offered, tokenizer.is_token))
+        constraint = self._constraint(body, tools.forced(body, offered, form, tokenizer.token_id))
         limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         if limit == 0:
             raise RequestError("max_tokens is 0, expected at least 1")
         scores = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None}
         plan = self._plan(body, [prompt], limit, scores, constraint)
-        plan.tools, plan.several_calls = offered, body.parallel_tool_calls is not False
+        plan.tools, plan.form, plan.several_calls = offered, form, body.parallel_tool_calls is not False
+        if offered:
+            markers = (tokenizer.token_id(text) for text in (form.opening, form.closing) if text)
+            plan.shown = tuple(token for token in markers if token is not None and tokenizer.is_special(token))
         return plan
 
     def start(self, plan: Plan) -> tuple[list[Job], Channel]:
         """Queue the plan's jobs, all or none (BusyError); on the event loop."""
-        channel = Channel(len(plan.grammars))
+        self._outbox = self._outbox or Outbox()
+        channel = Channel(self._outbox, len(plan.grammars))
         model, engine = self.model, self.engine
         jobs: list[Job] = []
         for index, grammar in enumerate(plan.grammars):
@@ -119,6 +128,7 @@ class Service:
                 context=engine.context,
                 eos_ids=model.eos_ids,
                 grammar=grammar,
+                shown=plan.shown,
             )
             jobs.append(Job(request, plan.bits, channel.listener(index), generate=plan.generate))
         self.worker.submit(jobs)

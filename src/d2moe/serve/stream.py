@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from typing import Any, TypeVar
 
@@ -18,37 +19,70 @@ T = TypeVar("T")
 PING_S = 15.0
 """Silence on a stream of events after which a sign of life is sent."""
 Said = tuple[int, "Piece | Ended"]
+SILENCE: Said = (-1, Ended())
 
 
 class ClientGone(Exception):
     """The connection was closed before the answer was complete."""
 
 
+class Outbox:
+    """From the engine's thread to the event loop: however many pieces a step gives, the loop is woken once."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiting: deque[tuple[asyncio.Queue[Said], Said]] = deque()
+        self._woken = False
+
+    def put(self, queue: asyncio.Queue[Said], said: Said) -> None:
+        """In the engine's thread."""
+        self._waiting.append((queue, said))
+        if not self._woken:
+            self._woken = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                self._loop.call_soon_threadsafe(self._hand_out)
+
+    def _hand_out(self) -> None:
+        self._woken = False  # first: what comes after the last look wakes the loop again
+        while self._waiting:
+            queue, said = self._waiting.popleft()
+            queue.put_nowait(said)
+
+
 class Channel:
     """What the jobs of one request say, in order, on the event loop."""
 
-    def __init__(self, jobs: int):
-        self._loop = asyncio.get_running_loop()
+    def __init__(self, outbox: Outbox, jobs: int):
+        self._outbox, self._open = outbox, jobs
         self._queue: asyncio.Queue[Said] = asyncio.Queue()
-        self._open = jobs
 
     def listener(self, index: int) -> Listener:
         """For job `index`; runs in the engine's thread."""
-
-        def hear(said: Piece | Ended) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, said))
-
-        return hear
+        return lambda said: self._outbox.put(self._queue, (index, said))
 
     async def batches(self) -> AsyncIterator[list[Said]]:
-        """All that was said since the last time, until every job has ended."""
-        while self._open:
-            batch = [await self._queue.get()]
-            while not self._queue.empty():
-                batch.append(self._queue.get_nowait())
-            self._open -= sum(isinstance(said, Ended) for _, said in batch)
-            yield batch
+        """All that was said since the last time, until every job has ended; an empty list after PING_S seconds of silence."""
+        loop = asyncio.get_running_loop()
+        self._heard, self._alarm = loop.time(), loop.call_later(PING_S, self._look)
+        try:
+            while self._open:
+                batch = [await self._queue.get()]
+                self._heard = loop.time()
+                while not self._queue.empty():
+                    batch.append(self._queue.get_nowait())
+                batch = [said for said in batch if said is not SILENCE]
+                self._open -= sum(isinstance(said, Ended) for _, said in batch)
+                yield batch
+        finally:
+            self._alarm.cancel()
+
+    def _look(self) -> None:
+        """Once in a while instead of a timer for every token."""
+        loop = asyncio.get_running_loop()
+        left = PING_S - (loop.time() - self._heard)
+        if left <= 0:
+            self._queue.put_nowait(SILENCE)
+        self._alarm = loop.call_later(left if left > 0 else PING_S, self._look)
 
 
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
@@ -73,12 +107,12 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events from a generator of lists of JSON values; a list is sent at once. The generator is closed at the end,
-    also when the client goes away in the middle."""
+    """Server-sent events from a generator of lists of JSON values; a list is sent at once, None is a sign of life. The generator is
+    closed at the end, also when the client goes away in the middle."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[list[Any], None]):
+    def __init__(self, events: AsyncGenerator[list[Any] | None, None]):
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
@@ -92,27 +126,9 @@ class EventStream(Response):
             await self._events.aclose()
 
     async def _write(self, send: Send) -> None:
-        async for values in _with_breaks(self._events):
+        async for values in self._events:
             # A comment keeps those on the way from taking the silence for the end.
-            body = b": at work\n\n" if values is None else b"".join(b"data: " + json.dumps(v).encode() + b"\n\n" for v in values)
+            body = b": at work\n\n" if values is None else b"".join([b"data: %b\n\n" % json.dumps(v).encode() for v in values])
             if body:
                 await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
-
-
-async def _with_breaks(events: AsyncGenerator[list[Any], None]) -> AsyncGenerator[list[Any] | None, None]:
-    """What `events` gives, and None whenever it has given nothing for PING_S seconds."""
-    while True:
-        task = asyncio.ensure_future(anext(events, None))
-        try:
-            while not (await asyncio.wait({task}, timeout=PING_S))[0]:
-                yield None
-        finally:
-            if not task.done():
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await task
-        values = task.result()
-        if values is None:
-            return
-        yield values

@@ -133,6 +133,13 @@ function draw(state) {
   canvas.setAttribute("aria-label", `${resident} of ${rows * columns} experts are in memory, with ${mean} bits on average`);
 }
 
+function offer(state) {
+  const list = $("policy");
+  if (list.length !== state.policies.length)
+    list.replaceChildren(...state.policies.map((name) => new Option(name)));
+  if (document.activeElement !== list) list.value = state.policy;
+}
+
 function show(state) {
   const now = performance.now();
   if (before) {
@@ -150,6 +157,7 @@ function show(state) {
   $("memory").max = state.memory_bytes;
   $("memory").value = state.resident_bytes;
   $("state").textContent = "connected";
+  offer(state);
   draw(state);
 }
 
@@ -206,14 +214,19 @@ $("key-form").addEventListener("submit", (event) => {
   $("key").value = "";
   connect().catch((error) => ($("state").textContent = error.message));
 });
-$("budget").addEventListener("submit", async (event) => {
-  event.preventDefault();
+async function control(what, value, said) {
   try {
-    show(await (await call("/admin/memory", { method: "POST", body: JSON.stringify({ memory: $("budget-size").value }) })).json());
-    $("budget-note").textContent = "set";
+    show(await (await call("/admin/" + what, { method: "POST", body: JSON.stringify({ [what]: value }) })).json());
+    said.textContent = "set";
   } catch (error) {
-    $("budget-note").textContent = error.message;
+    said.textContent = error.message;
   }
+}
+$("budget").addEventListener("submit", (event) => {
+  event.preventDefault();
+  control("memory", $("budget-size").value, $("budget-note"));
 });
+$("policy").addEventListener("change", () => control("policy", $("policy").value, $("policy-note")));
+$("policy-form").addEventListener("submit", (event) => event.preventDefault());
 dial();
 watch();
