@@ -4,8 +4,9 @@
     python benchmarks/serve.py speed --folder /tmp            1 answer and 16 at once, experts in memory and streamed at half
     python benchmarks/serve.py gaps --folder /tmp             time between tokens while long prompts arrive
     python benchmarks/serve.py overhead --folder /tmp         streamed over HTTP beside the engine in one process
+    python benchmarks/serve.py static                         the page and other routes that need no engine, by wrk
 
-`--folder` holds a model of random weights (12 layers of 64 experts, 1.3 GB), made on the spot; without it the built-in model is
+`--folder` holds models of random weights (12 layers of 64 experts, 1.3 GB), made on the spot; without it the built-in model is
 used, whose steps are so short that the server shows more than with any model of use. Each command ends with one JSON line.
 """
 
@@ -16,33 +17,36 @@ import contextlib
 import json
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import httpx
 import numpy as np
+from serve_bounds import SHAPES, bodies, bounds
 
 import d2moe
-from d2moe.convert.synthetic import OLMOE_1B_7B, synthesise
+from d2moe.convert.synthetic import synthesise
 from d2moe.runtime.config import parse_bytes
 
-SHAPE = OLMOE_1B_7B | {"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 512, "num_hidden_layers": 12, "eos_token_id": 0}
 FOLDER = click.option("--folder", type=click.Path(path_type=Path, exists=True), help="Where the model is made and kept.")
 
 
-def model_in(folder: Path | None) -> Path:
+def model_in(folder: Path | None, kind: str = "olmoe") -> Path:
     if folder is None:
         return d2moe.builtin_model()
-    path = folder / "served.d2moe"
+    path = folder / f"served-{kind}.d2moe"
     if not path.exists():
         click.echo(f"making {path} …", err=True)
-        synthesise(path, SHAPE, d2moe.builtin_model() / "tokenizer.json")
+        synthesise(path, SHAPES[kind], d2moe.builtin_model() / "tokenizer.json")
     return path
 
 
@@ -258,33 +262,39 @@ async def cut_off(url: str, body: dict[str, Any], seconds: float) -> bool:
     return True
 
 
-async def together(url: str, count: int, tokens: int, seed: int) -> float:
-    """Tokens a second of `count` answers at once, from the first token of the last to begin to the end of the first to end."""
-    rng = np.random.default_rng(seed)
-    async with client_for(url) as client:
-        bodies = [{"prompt": rng.integers(1, 4096, 8).tolist(), "max_tokens": tokens, "temperature": 1.0, "seed": i} for i in range(count)]
-        all_times = [times for _, times in await asyncio.gather(*(answer(client, body) for body in bodies))]
-    begin, end = max(t[0] for t in all_times), min(t[-1] for t in all_times)
-    return sum(begin < at <= end for times in all_times for at in times) / (end - begin)
-
-
 @main.command()
 @FOLDER
+@click.option("--shape", "kind", type=click.Choice(list(SHAPES)), default="olmoe", show_default=True, help="Of the model in --folder.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--tokens", default=60, show_default=True)
-def speed(folder: Path | None, rounds: int, tokens: int) -> None:
-    path = model_in(folder)
-    out: dict[str, Any] = {}
-    with d2moe.load(path, context=512) as model:
-        half = model.engine.ledger.prefix_bytes[4] * model.engine.ledger.layers * model.engine.ledger.experts // 2
+@click.option("--count", default=16, show_default=True, help="Answers at once.")
+@click.option("--bound-only", is_flag=True, help="Only what bytes allow; speeds need a quiet machine.")
+def speed(folder: Path | None, kind: str, rounds: int, tokens: int, count: int, bound_only: bool) -> None:
+    """One answer and many at once, experts in memory and streamed at half, beside what the bytes of the same run allow."""
+    path = model_in(folder, kind)
+    with d2moe.load(path, context=512, max_sequences=count) as model:
+        half = int(model.engine.ledger.prefix_bytes[4] * model.engine.ledger.layers * model.engine.ledger.experts // 2)
+        out: dict[str, Any] = {"shape": kind, **bounds(model, count, tokens, half)}
+    most = out["in memory"]["bound"], out["streamed"]["belady"]["bound"]
+    click.echo(f"by bytes at most {most[0]:.2f} times in memory, {most[1]:.2f} streamed", err=True)
     for name, options in (("in memory", ()), ("streamed", ("--expert-memory", str(half)))):
-        with server(path, "--context", "512", *options) as (url, _):
-            asyncio.run(together(url, 16, 40, 0))  # the first fills the slots
-            pairs = [[asyncio.run(together(url, count, tokens, 1 + r)) for count in (1, 16)] for r in range(rounds)]
+        if bound_only:
+            break
+        with server(path, "--context", "512", "--max-sequences", str(count), *options) as (url, _):
+            asyncio.run(together(url, count, 40, 0))  # the first fills the slots
+            pairs = [[asyncio.run(together(url, some, tokens, 1 + r)) for some in (1, count)] for r in range(rounds)]
         one, many = (float(np.median([p[i] for p in pairs])) for i in range(2))
-        out[name] = {"batch_1": one, "batch_16": many, "ratio": many / one}
-        click.echo(f"{name}: {one:.1f} tokens/s alone, {many:.1f} of 16 together, {many / one:.1f} times", err=True)
+        out[name] |= {"one": one, "many": many, "ratio": many / one}
+        click.echo(f"{name}: {one:.1f} tokens/s alone, {many:.1f} of {count} together, {many / one:.2f} times", err=True)
     print(json.dumps(out))
+
+
+async def together(url: str, count: int, tokens: int, seed: int) -> float:
+    """Tokens a second of `count` answers at once, from the first token of the last to begin to the end of the first to end."""
+    async with client_for(url) as client:
+        all_times = [times for _, times in await asyncio.gather(*(answer(client, body) for body in bodies(count, tokens, seed)))]
+    begin, end = max(t[0] for t in all_times), min(t[-1] for t in all_times)
+    return sum(begin < at <= end for times in all_times for at in times) / (end - begin)
 
 
 @main.command()
@@ -329,17 +339,18 @@ def gaps(folder: Path | None, seconds: float, answers: int) -> None:
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--tokens", default=100, show_default=True)
 def overhead(folder: Path | None, rounds: int, tokens: int) -> None:
+    """One answer streamed over HTTP beside the same one from the engine in this process."""
     path = model_in(folder)
     body = {"prompt": [5, 6, 7], "max_tokens": tokens, "temperature": 1.0, "seed": 1}
-
     outside: list[float] = []
+    loop_us: list[float] = []
 
-    async def served(url: str) -> float:
-        async with client_for(url) as client:
-            before = figure((await client.get("/metrics")).text, "d2moe_engine_seconds_total")
-            begin = time.perf_counter()
-            _, times = await answer(client, body)
-            steps_s = figure((await client.get("/metrics")).text, "d2moe_engine_seconds_total") - before
+    def served(url: str, pid: int) -> float:
+        before, cpu = figure(httpx.get(f"{url}/metrics").text, "d2moe_engine_seconds_total"), thread_ns(pid)
+        begin = time.perf_counter()
+        times = arrivals(url, body)
+        loop_us.append((thread_ns(pid) - cpu) / 1000 / len(times))
+        steps_s = figure(httpx.get(f"{url}/metrics").text, "d2moe_engine_seconds_total") - before
         outside.append(1 - steps_s / (times[-1] - begin))
         return (len(times) - 1) / (times[-1] - times[0])
 
@@ -348,14 +359,99 @@ def overhead(folder: Path | None, rounds: int, tokens: int) -> None:
         model.generate(body["prompt"], ignore_eos=True, **values)
         return float(model.last.generation_tokens_per_s)
 
-    with d2moe.load(path, context=512) as model, server(path, "--context", "512") as (url, _):
-        alone(model), asyncio.run(served(url))
-        pairs = [(alone(model), asyncio.run(served(url))) for _ in range(rounds)]
+    with d2moe.load(path, context=512) as model, server(path, "--context", "512") as (url, process):
+        alone(model), served(url, process.pid)
+        pairs = [(alone(model), served(url, process.pid)) for _ in range(rounds)]
     engine, http = (float(np.median([p[i] for p in pairs])) for i in range(2))
     shares = sorted(1 - h / e for e, h in pairs)
     spread = {"overhead": shares[len(shares) // 2], "low": shares[0], "high": shares[-1]}
     # Of the whole time from request to last token, what the engine's steps did not take: drawing, sending, waiting for a CPU.
-    print(json.dumps({"engine": engine, "served": http, **spread, "outside_steps": float(np.median(outside[1:]))}))
+    more = {"outside_steps": float(np.median(outside[1:])), "event_loop_us_a_token": float(np.median(loop_us[1:]))}
+    print(json.dumps({"engine": engine, "served": http, **spread, **more}))
+
+
+def arrivals(url: str, body: dict[str, Any]) -> list[float]:
+    """When the pieces of a streamed completion came, by a client that does nothing but look at the clock: httpx takes more of the
+    CPU for a piece than the server does, and there they share one."""
+    host, port = url.removeprefix("http://").split(":")
+    data = json.dumps({"model": "m", "stream": True, "ignore_eos": True, **body}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    times: list[float] = []
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + data)
+        last = b""
+        while b"[DONE]" not in last:
+            got = connection.recv(65536)
+            if not got:
+                raise RuntimeError(f"the stream broke off: {last!r}")
+            times += [time.perf_counter()] * got.count(b"data: {")
+            last = (last + got)[-200:]
+    return times
+
+
+def thread_ns(pid: int) -> int:
+    """CPU time of a process' main thread, which runs the server's event loop."""
+    return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[0])
+
+
+@main.command()
+@click.option("--seconds", default=5, show_default=True, help="For each route.")
+@click.option("--connections", default=32, show_default=True)
+@click.option("--beside", default=2, show_default=True, help="Answers that are written meanwhile, in a second round.")
+def static(seconds: int, connections: int, beside: int) -> None:
+    """The routes that need no engine, by wrk (Debian: apt-get install wrk); what is not a 200 is an error."""
+    if shutil.which("wrk") is None:
+        raise SystemExit("wrk is not installed; apt-get install wrk")
+    out: dict[str, Any] = {}
+    with server(d2moe.builtin_model(), "--context", "1024") as (url, _):
+        for name, answers in (("idle", 0), ("beside answers", beside)):
+            with writing(url, answers) as tokens:
+                out[name] = {path: wrk(url + path, seconds, connections) for path in ROUTES}
+            if answers:
+                out["tokens_beside_per_s"] = tokens() / (seconds * len(ROUTES))
+    print(json.dumps(out))
+    wrong = {path: found for part in ("idle", "beside answers") for path, found in out[part].items() if found["errors"]}
+    if wrong:
+        raise SystemExit(f"not every answer was a 200: {wrong}")
+
+
+ROUTES = ("/", "/page/page.js", "/page/page.css", "/page/icon.svg", "/health", "/v1/models", "/openapi.json", "/metrics")
+
+
+def wrk(url: str, seconds: int, connections: int) -> dict[str, float]:
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", url]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    units = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+
+    def one(pattern: str) -> re.Match[str]:
+        found = re.search(pattern, text)
+        if not found:
+            raise SystemExit(f"wrk says nothing of {pattern}: {text}")
+        return found
+
+    rate, slow = float(one(r"Requests/sec:\s+([\d.]+)")[1]), one(r"99%\s+([\d.]+)(us|ms|s)")
+    wrong = re.findall(r"Non-2xx or 3xx responses: (\d+)|connect (\d+), read (\d+), write (\d+), timeout (\d+)", text)
+    return {"per_s": rate, "p99_ms": float(slow[1]) * units[slow[2]], "errors": sum(int(n) for row in wrong for n in row if n)}
+
+
+@contextlib.contextmanager
+def writing(url: str, answers: int) -> Iterator[Callable[[], int]]:
+    """`answers` streams that go on and on; the function says how many tokens came."""
+    counts, stop = [0] * answers, threading.Event()
+
+    def write(index: int) -> None:
+        while not stop.is_set():
+            counts[index] += len(arrivals(url, {"prompt": [index + 1], "max_tokens": 50, "seed": index}))
+
+    threads = [threading.Thread(target=write, args=(i,)) for i in range(answers)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield lambda: sum(counts)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 if __name__ == "__main__":
