@@ -11,6 +11,8 @@ import numpy as np
 import openai
 import pytest
 from openai import OpenAI
+from serving import serving
+from tool_templates import FORMS, OLMOE
 
 from d2moe.runtime.generate import Model
 from d2moe.serve import schema
@@ -167,6 +169,32 @@ def test_tools(client: OpenAI, server: SimpleNamespace) -> None:
     assert '"name": "weather"' in shown
     with pytest.raises(openai.BadRequestError, match="tool_choice names 'snow', the tools are weather"):
         chat(client, tools=[TOOL], tool_choice={"type": "function", "function": {"name": "snow"}})
+
+
+@pytest.mark.parametrize("name", list(FORMS))
+def test_tools_in_each_form_of_the_families(name: str) -> None:
+    """Demanded and streamed calls of each form, through the official client, and their result given back."""
+    with serving(template=FORMS[name]) as server, OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        values: Any = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 120}
+        done = chat(client, **values).choices[0]
+        assert done.finish_reason == "tool_calls" and done.message.content is None
+        (call,) = done.message.tool_calls
+        value = json.loads(call.function.arguments)
+        assert call.function.name == "weather" and value["town"] in ("Oslo", "Rome") and 1 <= value["days"] <= 9
+        with client.chat.completions.stream(model="tiny", messages=ASK, temperature=0, **values) as stream:
+            final = stream.get_final_completion().choices[0]
+        (streamed,) = final.message.tool_calls or []
+        assert json.loads(streamed.function.arguments) == value and final.finish_reason == "tool_calls"
+        answered: Any = [*ASK, done.message, {"role": "tool", "tool_call_id": call.id, "content": "sunny"}, *ASK]
+        assert chat(client, messages=answered, tools=[TOOL], max_tokens=4).choices[0].message.content
+        assert chat(client, tools=[TOOL], tool_choice="none", max_tokens=4).choices[0].message.content
+
+
+def test_a_template_without_tools_refuses_them() -> None:
+    with serving(template=OLMOE) as server, OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        with pytest.raises(openai.BadRequestError, match="does not show how tools are called"):
+            chat(client, tools=[TOOL])
+        assert chat(client).choices[0].message.content
 
 
 def test_many_at_once_are_each_as_alone(client: OpenAI, alone: Model) -> None:

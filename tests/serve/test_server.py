@@ -134,6 +134,46 @@ def test_bodies_that_are_no_requests(small: SimpleNamespace) -> None:
     refused(small.http.get("/v1/completions"), 405, "Not Allowed")
 
 
+def test_headers_are_limited(small: SimpleNamespace) -> None:
+    address = small.url.removeprefix("http://").split(":")
+    for n_bytes, status in ((16_000, b"200"), (80_000, b"400")):
+        with socket.create_connection((address[0], int(address[1])), timeout=20) as connection:
+            with contextlib.suppress(OSError):  # it need not read all of it
+                connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nx-long: " + b"a" * n_bytes + b"\r\n\r\n")
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(100).startswith(b"HTTP/1.1 " + status)
+    assert small.http.get("/health").status_code == 200
+
+
+def test_no_field_reaches_the_file_system(small: SimpleNamespace, tmp_path: Path) -> None:
+    """Schemas and grammars may refer to others by name in many systems; here that is an error, or text."""
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"const": "s3cret"}')
+    schema = {"type": "object", "properties": {"a": {"$ref": f"file://{secret}"}}, "required": ["a"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    messages = [{"role": "user", "content": "x"}]
+    body = {"model": "tiny", "messages": messages, "max_tokens": 30, "temperature": 0}
+    refused(small.http.post("/v1/chat/completions", json={**body, "response_format": form}), 400, "json_schema cannot be used")
+    for grammar in (f"%import {secret}\nstart: a", f'start: %json {{"$ref": "file://{secret}"}}'):
+        refused(post(small, grammar=grammar), 400, "lark cannot be used")
+    answer = small.http.post("/v1/chat/completions", json={**body, "chat_template_kwargs": {"path": f"{{% include '{secret}' %}}"}})
+    assert answer.status_code == 200 and "s3cret" not in answer.text
+    evil = {**body, "messages": [{"role": "user", "content": "{{ cycler.__init__.__globals__.os.popen('id').read() }}"}]}
+    said = small.http.post("/v1/chat/completions", json=evil).json()
+    assert said["usage"]["prompt_tokens"] > 20, "messages are no templates"
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ cycler.__init__.__globals__.os.getcwd() }}", "{% include '/etc/passwd' %}", "{% for i in range(10**9) %}a{% endfor %}"],
+)
+def test_a_template_is_data(small: SimpleNamespace, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small.service.model.tokenizer, "_template", template)
+    monkeypatch.setattr(small.service.model.tokenizer, "_tool_template", None)
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    refused(small.http.post("/v1/chat/completions", json=body), 400, "chat template of .* refuses these messages")
+
+
 def test_chat_refusals(small: SimpleNamespace) -> None:
     def chat(**values: Any) -> httpx.Response:
         body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2, **values}
@@ -228,6 +268,31 @@ def test_policies_that_do_not_fit_are_refused_and_change_nothing(small: SimpleNa
     assert small.service.engine.policy is before and small.service.engine.ledger.rank == before._rank
     assert post(small, max_tokens=20).status_code == 200
     assert small.http.post("/admin/policy", json={"policy": "hebf"}).json()["policy"] == "hebf"
+
+
+def test_control_from_the_command_line(small: SimpleNamespace) -> None:
+    def control(*arguments: str, key: str = "") -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "d2moe", "control", *arguments]
+        environment = {**os.environ, "D2MOE_API_KEY": key}
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+
+    engine, whole = small.service.engine, small.service.engine.budget.memory
+    done = control("--url", small.url, "--memory", str(whole + 10**7), "--bits", "3.5", "--policy", "lru", "--json")
+    assert done.returncode == 0, done.stderr
+    state = json.loads(done.stdout)
+    assert (state["memory_bytes"], state["default_bits"], state["policy"]) == (whole + 10**7, 3.5, "lru")
+    assert (engine.budget.memory, small.service.default_bits, engine.policy.name) == (whole + 10**7, 3.5, "lru")
+    shown = control("--url", small.url, "--memory", str(whole), "--bits", "4", "--policy", "hebf")
+    assert re.search(r"default bits +4\n +policy +hebf\n", shown.stdout), shown.stdout
+    for arguments, words in (
+        (["--memory", "1MB"], "refuses: .*least that would do"), (["--policy", "belady"], "refuses: .*must know the future"),
+        (["--url", "http://127.0.0.1:1"], "no d2moe server answers at http://127.0.0.1:1"), (["--url", "nowhere"], "url is 'nowhere'"),
+    ):  # fmt: skip
+        out = control("--url", small.url, *arguments)
+        assert out.returncode == 1 and re.match(f"error: .*{words}", out.stderr) and out.stderr.count("\n") == 1, out.stderr
+    with serving(guard=Guard(api_key="k1")) as guarded:
+        assert "API key is missing" in control("--url", guarded.url).stderr
+        assert control("--url", guarded.url, key="k1").returncode == 0
 
 
 def test_metrics_count_what_happened(small: SimpleNamespace) -> None:

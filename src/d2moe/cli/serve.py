@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from d2moe.cli.shared import CONTEXT_OPTION, engine_options, model_path, read_text
+from d2moe.cli.shared import CONTEXT_OPTION, engine_options, measured, model_path, read_text
 from d2moe.errors import ConfigError
 
 if TYPE_CHECKING:
     from d2moe.serve.service import Service
 
 KEY_VARIABLE = "D2MOE_API_KEY"
+SWITCH_S = 0.0005
+"""Python's own is ten times that: a step while a long prompt was read in waited up to 20 ms for the interpreter."""
 
 
 @click.command(context_settings={"show_default": False})
@@ -71,7 +73,8 @@ def serve(model: str, **options: Any) -> None:
     names = ("host", "port", "allow_host", "name", "chat_template", "queue", "max_tokens", "max_body", "drain_seconds", "log")
     own = {k: options.pop(k) for k in names}
     options["max_sequences"] = options["max_sequences"] or SEQUENCES
-    config = EngineConfig.from_options(**{k: v for k, v in options.items() if v is not None})
+    given = {k: v for k, v in options.items() if v is not None}
+    config = EngineConfig.from_options(**given)
     limits = Limits(own["queue"], own["max_tokens"], parse_bytes(own["max_body"], "max-body"), own["drain_seconds"])
     template = read_text(own["chat_template"]) if own["chat_template"] else None
     key = os.environ.get(KEY_VARIABLE) or None
@@ -80,9 +83,12 @@ def serve(model: str, **options: Any) -> None:
     listener = _listen(own["host"], own["port"])
     with listener:
         path = model_path(model)
+        config = EngineConfig.from_options(**{**measured(path, config.threads), **given})
         with Bar(f"loading {path.name}", light=True) as bar:
             service = load_service(path, config, limits, own["name"], template, bar)
         _log_to_stderr(Lines(own["log"] == "json"), own["log"])
+        # The engine's thread comes back from the core several times a step, and would wait so long each time that another is at work.
+        sys.setswitchinterval(SWITCH_S)
         server = Server(service, Guard(key, names_for(own["host"], own["allow_host"]), limits.body_bytes))
         _announce(service, own["host"], listener.getsockname()[1])
         if key is None and not is_loopback(own["host"]):

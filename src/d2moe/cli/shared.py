@@ -94,11 +94,19 @@ def model_path(name: str | None) -> Path:
     return path
 
 
+def measured(path: Path, threads: int | None) -> dict[str, Any]:
+    """How the model's experts are best read here, if `d2moe profile` has measured it."""
+    from d2moe.container import Container
+    from d2moe.evaluate.profile import known_profile
+
+    profile = known_profile(Container.open(path), threads)
+    return {k: v for k, v in profile.facts["chosen"].items() if k in ("direct", "read_depth", "policy")} if profile else {}
+
+
 def open_model(path: Path, options: dict[str, Any]) -> Model:
     """Load the model in `path` with those engine options that were given."""
     from d2moe.cli.progress import Bar
     from d2moe.container import Container
-    from d2moe.evaluate.profile import known_profile
     from d2moe.runtime.config import EngineConfig
     from d2moe.runtime.engine import Engine
     from d2moe.runtime.generate import Model
@@ -109,9 +117,7 @@ def open_model(path: Path, options: dict[str, Any]) -> Model:
     if not (path / "tokenizer.json").is_file():
         Container.open(path)  # says better what is wrong with something that is no container at all
     tokenizer = Tokenizer.load(path)
-    profile = known_profile(Container.open(path), given.get("threads"))
-    chosen = {k: v for k, v in profile.facts["chosen"].items() if k in ("direct", "read_depth", "policy")} if profile else {}
-    config = EngineConfig.from_options(**{**chosen, **given})
+    config = EngineConfig.from_options(**{**measured(path, given.get("threads")), **given})
     with Bar(f"loading {path.name}", light=True) as bar:
         return Model(Engine.load(path, config, bar), tokenizer)
 
