@@ -25,6 +25,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -281,18 +282,18 @@ def speed(folder: Path | None, kind: str, rounds: int, tokens: int, count: int, 
         if bound_only:
             break
         with server(path, "--context", "512", "--max-sequences", str(count), *options) as (url, _):
-            asyncio.run(together(url, count, 40, 0))  # the first fills the slots
-            pairs = [[asyncio.run(together(url, some, tokens, 1 + r)) for some in (1, count)] for r in range(rounds)]
+            together(url, count, 40, 0)  # the first fills the slots
+            pairs = [[together(url, some, tokens, 1 + r) for some in (1, count)] for r in range(rounds)]
         one, many = (float(np.median([p[i] for p in pairs])) for i in range(2))
         out[name] |= {"one": one, "many": many, "ratio": many / one}
         click.echo(f"{name}: {one:.1f} tokens/s alone, {many:.1f} of {count} together, {many / one:.2f} times", err=True)
     print(json.dumps(out))
 
 
-async def together(url: str, count: int, tokens: int, seed: int) -> float:
+def together(url: str, count: int, tokens: int, seed: int) -> float:
     """Tokens a second of `count` answers at once, from the first token of the last to begin to the end of the first to end."""
-    async with client_for(url) as client:
-        all_times = [times for _, times in await asyncio.gather(*(answer(client, body) for body in bodies(count, tokens, seed)))]
+    with ThreadPoolExecutor(count) as pool:
+        all_times = list(pool.map(lambda body: arrivals(url, body), bodies(count, tokens, seed)))
     begin, end = max(t[0] for t in all_times), min(t[-1] for t in all_times)
     return sum(begin < at <= end for times in all_times for at in times) / (end - begin)
 
@@ -328,7 +329,7 @@ def gaps(folder: Path | None, seconds: float, answers: int) -> None:
             return {"median_ms": median, "p99_ms": p99, "ratio": p99 / median, "max_ms": float(found.max()), "tokens": len(found)}
 
     with server(model_in(folder), "--context", "1024") as (url, _):
-        asyncio.run(together(url, 16, 40, 0))  # the first fills the slots
+        together(url, 16, 40, 0)  # the first fills the slots
         httpx.post(f"{url}/v1/completions", json={"model": "m", "prompt": [7] * 800, "max_tokens": 1}, timeout=600)
         out = {name: asyncio.run(run(url, with_prompts)) for name, with_prompts in (("answers_alone", False), ("with_prompts", True))}
     print(json.dumps(out))

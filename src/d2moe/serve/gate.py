@@ -20,6 +20,7 @@ from d2moe.serve.answers import error_body
 
 log = logging.getLogger("d2moe.serve")
 
+HEADER_BYTES = 32 * 1024
 OPEN_PATHS = ("/", "/health", "/page/page.css", "/page/page.js", "/page/icon.svg")
 """Served without the key: what a browser needs to ask for it, and what tells that the server is alive."""
 HEADERS = {
@@ -111,6 +112,9 @@ class Gate:
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, str, str] | None:
         guard, path = self.guard, scope["path"]
+        # The parser's own limit is on what has come so far: headers that come at once pass it.
+        if sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope["query_string"]) > HEADER_BYTES:
+            return 431, f"the request's headers have more than the {HEADER_BYTES:,} bytes that this server takes", "invalid_request_error"
         host = re.sub(r":[0-9]+$", "", headers.get(b"host", b"").decode("latin-1").lower())
         if guard.names is not None and host not in guard.names:
             return 421, f"this server answers to {', '.join(sorted(guard.names))}; more names with --allow-host", "invalid_request_error"

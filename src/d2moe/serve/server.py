@@ -8,10 +8,8 @@ import socket
 import uvicorn
 
 from d2moe.serve.api import create_app
-from d2moe.serve.gate import Guard
+from d2moe.serve.gate import HEADER_BYTES, Guard
 from d2moe.serve.service import Service
-
-HEADER_BYTES = 32 * 1024
 
 
 class Server(uvicorn.Server):
