@@ -276,7 +276,7 @@ def speed(folder: Path | None, kind: str, rounds: int, tokens: int, count: int, 
     with d2moe.load(path, context=512, max_sequences=count) as model:
         half = int(model.engine.ledger.prefix_bytes[4] * model.engine.ledger.layers * model.engine.ledger.experts // 2)
         out: dict[str, Any] = {"shape": kind, **bounds(model, count, tokens, half)}
-    most = out["in memory"]["bound"], out["streamed"]["belady"]["bound"]
+    most = out["in memory"]["bound"], out["streamed"]["bound"]
     click.echo(f"by bytes at most {most[0]:.2f} times in memory, {most[1]:.2f} streamed", err=True)
     for name, options in (("in memory", ()), ("streamed", ("--expert-memory", str(half)))):
         if bound_only:

@@ -33,8 +33,9 @@ NO_DEVICE = guess(1e9, 1e10, expert_bytes=dict.fromkeys(WIDTHS, 0), dense_bytes=
 
 
 def bounds(model: Any, count: int, tokens: int, slots: int) -> dict[str, dict[str, Any]]:
-    """How many times the tokens a second of one answer `count` at once can bring, by the bytes of the same run: read from memory
-    a step, and from storage with `slots` bytes for experts by a policy that knows the future and by ours."""
+    """How many times the tokens a second of one answer `count` at once can bring, by the bytes of the same run: those that a step
+    reads from memory; and from storage, with `slots` bytes for experts, what our policy reads for one answer over the least that
+    any could read for `count` (Belady's rule over the same routing)."""
     engine = model.engine
     traces = [routing(model, some, tokens) for some in (1, count)]
     dense, kv = model_facts(engine.container.path).kept_bytes(engine.config.dense_width), kv_bytes(engine.shape, engine.config.kv, 1)
@@ -42,8 +43,8 @@ def bounds(model: Any, count: int, tokens: int, slots: int) -> dict[str, dict[st
     out: dict[str, dict[str, Any]] = {"in memory": {"bytes_a_step": touched, "bound": count * touched[0] / touched[1]}, "streamed": {}}
     for policy in ("belady", "hebf"):
         read = [simulate(trace, NO_DEVICE, slots, policy=policy) for trace in traces]
-        found = {"bytes_a_token": [r.bytes_per_token for r in read], "hit_rate": [r.hit_rate for r in read]}
-        out["streamed"][policy] = {**found, "bound": read[0].bytes_per_token / read[1].bytes_per_token}
+        out["streamed"][policy] = {"bytes_a_token": [r.bytes_per_token for r in read], "hit_rate": [r.hit_rate for r in read]}
+    out["streamed"]["bound"] = out["streamed"]["hebf"]["bytes_a_token"][0] / out["streamed"]["belady"]["bytes_a_token"][1]
     return out
 
 
