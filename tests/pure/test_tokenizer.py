@@ -198,12 +198,16 @@ def test_chat_templates_from_the_config_and_from_a_list(tmp_path: Path) -> None:
         tmp_path,
         tokenizer_config={
             "chat_template": [
-                {"name": "tool_use", "template": "t"},
+                {"name": "tool_use", "template": "t{{ tools | length }}"},
                 {"name": "default", "template": "d{{ strftime_now('%Y') }}"},
             ]
         },
     )
-    assert Tokenizer.load(path).chat_text(USER).startswith("d2")
+    tokenizer = Tokenizer.load(path)
+    assert tokenizer.chat_text(USER).startswith("d2") and tokenizer.chat_text(USER, tools=[]).startswith("d2")
+    assert tokenizer.chat_text(USER, tools=[{}, {}]) == "t2" and tokenizer.tool_template != tokenizer.template
+    given = Tokenizer.load(path, "g{{ tools | length }}")
+    assert given.chat_text(USER, tools=[{}]) == "g1" and given.tool_template == given.template
 
 
 def test_no_template_is_a_clear_error() -> None:
