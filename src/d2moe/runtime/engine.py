@@ -23,7 +23,7 @@ from d2moe.runtime import memory
 from d2moe.runtime.config import EngineConfig, show_bytes
 from d2moe.runtime.kv import BLOCK_TOKENS, Pages, Sequence
 from d2moe.runtime.request import Chunk
-from d2moe.runtime.streamer import Counters, Streamer
+from d2moe.runtime.streamer import Counters, Streamer, plus
 from d2moe.runtime.timeline import Timeline
 from d2moe.types import BASE_BITS, MAX_BITS, check_dial
 
@@ -256,8 +256,8 @@ class Engine:
         counters.read_bytes, counters.reads, stall, compute, _ = self.experts.counters
         wanted = np.array(self.decoder.program.wanted, np.int64)
         counters.wanted_bytes = int(wanted @ self.ledger.prefix_bytes)
-        counters.planes_wanted = wanted[::-1].cumsum()[::-1]  # who wants a plane wants all lower ones
-        counters.planes_wanted[:BASE_BITS] = 0
+        planes = wanted[::-1].cumsum()[::-1]  # who wants a plane wants all lower ones
+        counters.planes_wanted = (0,) * BASE_BITS + tuple(planes[BASE_BITS:].tolist())
         counters.stall_seconds, counters.compute_seconds = stall / 1e9, compute / 1e9
         counters.steps += 1
         counters.step_seconds += time.perf_counter() - begin
@@ -317,7 +317,7 @@ class Engine:
         last = int(self.decoder.ends_with(layers - 1))
         most, some = bits[: layers - last, : sum(lengths)], bits[layers - last :, : ends[-1]]
         for part in (most, some):
-            c.width_uses = c.width_uses + np.bincount(part.reshape(-1), minlength=MAX_BITS + 1)
+            c.width_uses = plus(c.width_uses, np.bincount(part.reshape(-1), minlength=MAX_BITS + 1).tolist())
         of_token, of_row = ([0, *part.sum((0, 2)).cumsum().tolist()] for part in (most, some))
         at = 0
         for index, (chunk, n) in enumerate(zip(chunks, lengths, strict=True)):

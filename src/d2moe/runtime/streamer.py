@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,13 @@ from d2moe.runtime.timeline import Timeline
 from d2moe.types import BASE_BITS, MAX_BITS
 
 I32 = npt.NDArray[np.int32]
-I64 = npt.NDArray[np.int64]
+ByWidth = tuple[int, ...]
+"""A number for each width from 0 to MAX_BITS."""
+NO_WIDTHS: ByWidth = (0,) * (MAX_BITS + 1)
 
 
-def _by_width() -> I64:
-    return np.zeros(MAX_BITS + 1, np.int64)
+def plus(a: Sequence[int], b: Sequence[int], sign: int = 1) -> ByWidth:
+    return tuple(x + sign * y for x, y in zip(a, b, strict=True))
 
 
 @dataclass
@@ -31,10 +34,10 @@ class Counters:
     """What an engine did since it was loaded; `a - b` gives a stretch.
 
     `wanted_bytes` and `missing_bytes`: plane bytes the experts of each layer call asked for, and what of them was not
-    resident; `planes_wanted`, `planes_missing` and `planes_read` int64 [MAX_BITS + 1] count planes instead, by the width
+    resident; `planes_wanted`, `planes_missing` and `planes_read` count planes instead, by the width
     that each makes (2 is an expert's base), the last with what was read ahead. `plans`: layer calls that were decided on.
     `forecast`: choices foreseen for a next layer by policies that look ahead, and `forecast_right` those that came. `uses`,
-    `use_bits`: (token, expert) pairs and the sum of their widths; `width_uses` int64 [MAX_BITS + 1] is how many at each width.
+    `use_bits`: (token, expert) pairs and the sum of their widths; `width_uses` is how many at each width.
     Seconds: in steps altogether, deciding, in the experts' arithmetic, and waiting for reads while there was nothing to
     compute.
     """
@@ -54,17 +57,19 @@ class Counters:
     decide_seconds: float = 0.0
     compute_seconds: float = 0.0
     stall_seconds: float = 0.0
-    # Never changed in place, so that a snapshot keeps what it has.
-    planes_wanted: I64 = field(default_factory=_by_width)
-    planes_missing: I64 = field(default_factory=_by_width)
-    planes_read: I64 = field(default_factory=_by_width)
-    width_uses: I64 = field(default_factory=_by_width)
+    planes_wanted: ByWidth = NO_WIDTHS
+    planes_missing: ByWidth = NO_WIDTHS
+    planes_read: ByWidth = NO_WIDTHS
+    width_uses: ByWidth = NO_WIDTHS
 
     def snapshot(self) -> Counters:
         return replace(self)
 
     def __sub__(self, earlier: Counters) -> Counters:
-        return Counters(**{f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)})
+        def less(a: Any, b: Any) -> Any:
+            return plus(a, b, -1) if isinstance(a, tuple) else a - b
+
+        return Counters(**{f.name: less(getattr(self, f.name), getattr(earlier, f.name)) for f in fields(self)})
 
     @property
     def hit_rate(self) -> float:
@@ -75,6 +80,12 @@ class Counters:
     def average_bits(self) -> float:
         """Mean width over (token, expert) pairs."""
         return self.use_bits / self.uses if self.uses else 0.0
+
+
+def _count(planes: list[int], have: int, bits: int) -> None:
+    """Count the planes that take an expert from `have` to `bits`."""
+    for width in range(max(BASE_BITS, have + 1), bits + 1):
+        planes[width] += 1
 
 
 SILENT_STEPS = 64
@@ -98,6 +109,7 @@ class Streamer:
 
     def follow(self, policy: Policy) -> None:
         """Another policy over the same ledger from the next step on."""
+        self._call_off()
         self.policy, self._expected = policy, None
 
     def run(self, decoder: Decoder) -> None:
@@ -174,23 +186,27 @@ class Streamer:
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             self.experts.cancel(waiting)
-            for layer, expert, _ in waiting.tolist():
-                self.ledger.shrink(layer, expert, self.experts.width(layer, expert))
+            unread = [0] * len(NO_WIDTHS)
+            for layer, expert, bits in waiting.tolist():
+                width = self.experts.width(layer, expert)
+                self.ledger.shrink(layer, expert, width)
+                _count(unread, width, bits)
+            self.counters.planes_read = plus(self.counters.planes_read, unread, -1)
 
     def _send(self, index: int) -> None:
         c = self.counters
-        c.planes_missing = c.planes_missing + self._move(self._plan.waves[index])
+        c.planes_missing = plus(c.planes_missing, self._move(self._plan.waves[index]))
 
-    def _move(self, wave: Wave, may_wait: bool = False) -> I64:
+    def _move(self, wave: Wave, may_wait: bool = False) -> Sequence[int]:
         """Evict and start reading; the planes that are read, by the width that each makes."""
-        planes = _by_width()
+        planes = [0] * len(NO_WIDTHS)
         if len(wave.evict):
             self.experts.evict(wave.evict)
         if len(wave.read):
             for layer, expert, bits in wave.read.tolist():
-                planes[max(BASE_BITS, self.experts.width(layer, expert) + 1) : bits + 1] += 1
+                _count(planes, self.experts.width(layer, expert), bits)
             self.experts.read(wave.read, may_wait)
-            self.counters.planes_read = self.counters.planes_read + planes
+            self.counters.planes_read = plus(self.counters.planes_read, planes)
         return planes
 
     def _evicts(self, index: int, experts: I32) -> bool:
