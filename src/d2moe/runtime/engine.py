@@ -144,13 +144,6 @@ class Engine:
         """Where the core comes back to Python."""
         self.decoder.program.pause("decide" if self.policy.decides else "watch" if self._streamer.recorder else "missing")
 
-    def set_policy(self, name: str) -> None:
-        """Let another policy decide between two steps; what is resident stays. It starts without what the last one saw."""
-        self.ledger.rank = None
-        self.policy = self._streamer.policy = policy.make(name, self.ledger, self.shape.top_k)
-        self.config = replace(self.config, policy=name)
-        self.decoder.program.pause("decide" if self.policy.decides else "missing")
-
     def new_sequence(self) -> Sequence:
         return Sequence(self.pages)
 
@@ -192,6 +185,7 @@ class Engine:
         except ConfigError:
             self.ledger.rank, self.ledger.takes_turns = rank, turns
             raise
+        self.config = replace(self.config, policy=name)
         self._streamer.follow(self.policy)
         self._pause()
         if any(type(p).choose is not policy.Policy.choose for p in (old, self.policy)):
