@@ -252,7 +252,7 @@ def test_the_policy_can_change_while_answers_run(small: SimpleNamespace, alone: 
         heat = small.http.get("/admin/state").json()["heat"]
         assert max(int(d) for row in heat for d in row) > 3, heat
         used = small.service.engine.ledger.used_bytes
-        assert name == "on-demand" or used > 1_000_000
+        assert name in ("on-demand", "copies") or used > 1_000_000, "those keep nothing"
     wait_idle(small)
     small.http.post("/admin/policy", json={"policy": "hebf"})
     assert small.service.engine.ledger.rank is None
