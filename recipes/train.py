@@ -129,7 +129,8 @@ class Run:
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
         for name, value in self._fixed().items():
             if state["fixed"][name] != value:
-                raise SystemExit(f"{self.checkpoint}: was begun with --{name} {state['fixed'][name]}, not {value}; give that, or another --out")
+                was = f"{self.checkpoint} was begun with --{name} {state['fixed'][name]}, not {value}"
+                raise SystemExit(f"{was}; give that, or another --out")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
@@ -239,7 +240,9 @@ def train(run: Run, stop: Stop) -> None:
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", nargs="+", required=True, help=f"text files (.zst too), documents separated by <|endoftext|>; one named twice counts twice")
+    parser.add_argument(
+        "--text", nargs="+", required=True, help="text files (.zst too), documents separated by <|endoftext|>; one named twice counts twice"
+    )
     parser.add_argument("--documents", type=int, help="take at most so many documents, drawn at random [default: all]")
     parser.add_argument("--tokenizer", required=True, help="folder with a tokenizer.json")
     parser.add_argument("--out", required=True, help="folder for tokens, checkpoint and model; a run that is there goes on")

@@ -34,19 +34,19 @@ class _Scale:
     def legend(self, x: float, y: float) -> str:
         steps = [self.low * (self.high / self.low) ** (i / 5) for i in range(6)]
         cells = "".join(
-            f"<rect x='{x + 58 * i}' y='{y}' width='58' height='10' fill='{self.colour(v)}'/>" + _text(x + 58 * i + 29, y + 22, percent(v))
+            f"<rect x='{x + 58 * i}' y='{y}' width='58' height='10' fill='{self.colour(v)}'/>"
+            + _text(x + 58 * i + 29, y + 22, f"{percent(v)} %")
             for i, v in enumerate(steps)
         )
         return f"<g>{cells}</g>"
 
 
 def percent(share: float) -> str:
-    """Three figures, without an exponent."""
+    """Two figures, without an exponent."""
     value = 100 * share
     if value <= 0 or not math.isfinite(value):
-        return "0 %" if value == 0 else "– %"
-    digits = max(0, 2 - math.floor(math.log10(value)))
-    return f"{value:.{min(digits, 5)}f} %"
+        return "0" if value == 0 else "–"
+    return f"{value:.{min(max(0, 1 - math.floor(math.log10(value))), 5)}f}"
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle", fill: str = FAINT, size: int = 11) -> str:
@@ -54,14 +54,12 @@ def _text(x: float, y: float, text: str, anchor: str = "middle", fill: str = FAI
 
 
 def _svg(width: float, height: float, title: str, body: str) -> str:
-    return (
-        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width:g} {height:g}' width='{width:g}' height='{height:g}' role='img' {FONT}>"
-        f"<title>{title}</title>{body}</svg>"
-    )
+    size = f"viewBox='0 0 {width:g} {height:g}' width='{width:g}' height='{height:g}'"
+    return f"<svg xmlns='http://www.w3.org/2000/svg' {size} role='img' {FONT}><title>{title}</title>{body}</svg>"
 
 
 def layer_map(layers: Sequence[int], projections: Sequence[str], widths: Sequence[int], values: F64) -> str:
-    """Heat map of `values` [layers, projections, widths]: a row for each layer, columns of widths under each projection."""
+    """Heat map of `values` [layers, projections, widths] in %: a row for each layer, columns of widths under each projection."""
     left, top, cell_w, cell_h, gap = 70, 44, 58, 22, 14
     scale, parts = _Scale(values), []
     block = cell_w * len(widths) + gap
@@ -84,13 +82,14 @@ def layer_map(layers: Sequence[int], projections: Sequence[str], widths: Sequenc
 
 
 def expert_maps(layers: Sequence[int], widths: Sequence[int], values: F64) -> str:
-    """Heat maps of `values` [layers, experts, widths], one under the other for each width: a row for each layer, a column for each
-    expert."""
+    """Heat maps of `values` [layers, experts, widths], one under the other for each width, each with its own range of colours: a row
+    for each layer, a column for each expert."""
     left, top, experts = 70, 8, values.shape[1]
     cell = max(4.0, min(16.0, 900 / experts))
-    scale, parts, y = _Scale(values), [], float(top)
+    parts, y = [], float(top)
     for i, bits in enumerate(widths):
-        parts.append(_text(left, y + 12, f"{bits} bits", "start", INK, 13))
+        scale = _Scale(values[..., i])
+        parts.append(_text(left, y + 12, f"{bits} bits: {percent(scale.low)} to {percent(scale.high)} %", "start", INK, 13))
         y += 20
         for row, layer in enumerate(layers):
             if cell >= 9 or row % 4 == 0:
@@ -99,11 +98,10 @@ def expert_maps(layers: Sequence[int], widths: Sequence[int], values: F64) -> st
                 value = float(values[row, e, i])
                 parts.append(
                     f"<rect x='{left + cell * e:g}' y='{y + cell * row:g}' width='{cell - 0.5:g}' height='{cell - 0.5:g}' "
-                    f"fill='{scale.colour(value)}'><title>layer {layer} expert {e}, {bits} bits: {percent(value)}</title></rect>"
+                    f"fill='{scale.colour(value)}'><title>layer {layer} expert {e}, {bits} bits: {percent(value)} %</title></rect>"
                 )
         y += cell * len(layers) + 16
-    parts.append(scale.legend(left, y))
-    return _svg(max(left + cell * experts + 10, left + 360), y + 30, "squared error by layer, expert and width", "".join(parts))
+    return _svg(max(left + cell * experts + 10, left + 360), y, "squared error by layer, expert and width", "".join(parts))
 
 
 def perplexity_curve(points: Sequence[tuple[int, int, float]], float_perplexity: float | None) -> str:
@@ -133,7 +131,8 @@ def perplexity_curve(points: Sequence[tuple[int, int, float]], float_perplexity:
         parts.append(f"<line x1='{left}' x2='{width - right}' y1='{y:.1f}' y2='{y:.1f}' stroke='{FAINT}' stroke-dasharray='5 4'/>")
         parts.append(_text(left + 6, y - 5, f"unquantised, {float_perplexity:.3f}", "start"))
     places = [(*at(n, p), bits, p) for bits, n, p in points]
-    parts.append(f"<polyline fill='none' stroke='{LINE}' stroke-width='2' points='{' '.join(f'{x:.1f},{y:.1f}' for x, y, _, _ in places)}'/>")
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in places)
+    parts.append(f"<polyline fill='none' stroke='{LINE}' stroke-width='2' points='{line}'/>")
     for x, y, bits, p in places:
         parts.append(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='4' fill='{LINE}'><title>{bits} bits: {p:.4f}</title></circle>")
         parts.append(_text(x + 6, y - 8, f"{bits} bits", "start", INK))

@@ -15,8 +15,8 @@ from d2moe.container import Container, NestedMatrix
 from d2moe.container.inspect import Description, describe
 from d2moe.container.layout import PROJECTIONS
 from d2moe.errors import ConfigError, StorageError
-from d2moe.evaluate.pictures import expert_maps, layer_map, perplexity_curve
 from d2moe.evaluate.perplexity import perplexity
+from d2moe.evaluate.pictures import expert_maps, layer_map, perplexity_curve
 from d2moe.runtime.config import EngineConfig, show_bytes
 from d2moe.runtime.engine import Engine
 
@@ -188,7 +188,7 @@ def write(file: Path, report: Report) -> list[Path]:
     environment.filters |= {"bytes": show_bytes, "percent": lambda x: f"{100 * x:.3g}"}
     pictures = _pictures(report)
     files = {file: b""}
-    shown: dict[str, Any] = dict(pictures)
+    shown: dict[str, Any] = {"experts": None, "perplexity": None, **pictures}
     if file.suffix == ".md":
         for name, picture in pictures.items():
             path = file.with_name(f"{file.stem}-{name}.svg")
