@@ -77,7 +77,7 @@ def losses_of(model: OlmoeForCausalLM, windows: np.ndarray, device: str, amp: bo
 
 def rate(progress: float) -> float:
     """Share of the learning rate at `progress` of the run: up over its first 2 %, then straight down to 0."""
-    return min(progress / 0.02, (1 - progress) / 0.98, 1.0) if progress < 1 else 0.0
+    return min(0.05 + progress / 0.02, (1 - progress) / 0.98, 1.0)
 
 
 class Run:
@@ -168,7 +168,7 @@ class Run:
         args = self.args
         began = time.monotonic()
         for group in self.optimizer.param_groups:
-            group["lr"] = args.rate * max(rate(self.progress), 0.02 if self.progress < 0.02 else 0.0)
+            group["lr"] = args.rate * rate(self.progress)
         rows = batch(self.train, self.step, args.batch, args.context, args.seed)
         loss, balance = losses_of(self.model, rows, self.device, args.bf16)
         (loss + args.balance * balance).backward()
