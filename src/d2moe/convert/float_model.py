@@ -16,14 +16,20 @@ F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 
 
-def float_nll(source: ModelSource, tokens: I32, progress: Callable[[int, int], None] = lambda done, total: None) -> float:
-    """Summed negative log-likelihood in nats of `tokens` int32 [windows, length + 1], each predicted from those before it in its
-    window; the first of a window is only read.
+Progress = Callable[[int, int], None]
+
+
+def _silent(done: int, total: int) -> None:
+    pass
+
+
+def last_states(source: ModelSource, tokens: I32, progress: Progress = _silent) -> F32:
+    """What the head meets, float32 [windows, length, hidden], of `tokens` int32 [windows, length].
 
     Memory: a layer's weights, twice 4 bytes x hidden size x tokens. `progress` hears experts and blocks done, of all.
     """
-    activations, shape = Activations(source, tokens[:, :-1]), source.shape
-    total, done = shape.layers * (shape.experts + 1) + 1, 0
+    activations, shape = Activations(source, tokens), source.shape
+    total, done = shape.layers * (shape.experts + 1), 0
     for layer in range(shape.layers):
         activations.attend(layer)
         h = activations.normed(layer)
@@ -37,10 +43,14 @@ def float_nll(source: ModelSource, tokens: I32, progress: Callable[[int, int], N
             if routed is not None:
                 routed.pass_on(expert, **dict(source.read_expert(layer, expert)), measure=False)
             progress(done := done + 1, total)
-    x = rms_norm(activations.x, source.read_dense("final_norm"), shape.rms_eps).reshape(-1, shape.hidden)
-    found = _nll(source, x, tokens[:, 1:].reshape(-1))
-    progress(total, total)
-    return found
+    return rms_norm(activations.x, source.read_dense("final_norm"), shape.rms_eps)
+
+
+def float_nll(source: ModelSource, tokens: I32, progress: Progress = _silent) -> float:
+    """Summed negative log-likelihood in nats of `tokens` int32 [windows, length + 1], each predicted from those before it in its
+    window; the first of a window is only read. Memory and `progress` as in `last_states`."""
+    x = last_states(source, tokens[:, :-1], progress)
+    return _nll(source, x.reshape(-1, source.shape.hidden), tokens[:, 1:].reshape(-1))
 
 
 def _nll(source: ModelSource, x: F32, targets: I32) -> float:
