@@ -325,7 +325,7 @@ def contestants(lab: Laboratory, peer_python: Path | None) -> list[tuple[int, It
 )
 @click.option("--calibration-tokens", type=click.IntRange(1), default=131072, show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="Keep containers and GGUF files here.")
-@click.option("--name", help="Results go to benchmarks/results/quality-NAME.jsonl [default: the checkpoint's folder].")
+@click.option("--name", help="Of the model on the page, and of benchmarks/results/quality-NAME.jsonl [default: the checkpoint's folder].")
 @click.option(
     "--page", "page_path", type=click.Path(path_type=Path), help=f"A page of these results alone [default: {PAGE}, of all there are]."
 )
@@ -404,7 +404,7 @@ def measure(
                 file.flush()
 
         shape, everything = lab.shape, sum(4 * w.numel() for w in lab.weights.values())
-        about = {"name": checkpoint.resolve().name, "family": shape.model_type, "weights": everything // 4, "layers": shape.layers}
+        about = {"name": out.stem.removeprefix("quality-"), "family": shape.model_type, "weights": everything // 4, "layers": shape.layers}
         about |= {"experts": shape.experts, "top_k": shape.top_k, "hidden": shape.hidden, "inner": shape.expert_inner}
         plain = Contestant(
             "float32", "float32", "same", everything
