@@ -273,32 +273,33 @@ def engine_logits(path: Path, bits: int, dense: int) -> Logits:
 
 
 def contestants(lab: Laboratory, peer_python: Path | None) -> list[tuple[int, Iterator[Entry]]]:
-    """How many rows, and what makes them one by one; what has to be left out is told."""
+    """How many rows are still wanted, and what makes them one by one; what has to be left out is told."""
     n, both, wider = len(BITS), ("wider", "same"), ("wider",)
+    any_precision = lab.nested(lambda name, w: peers.any_precision(w, lab.sensitivities[name]))
     matgptq = lab.nested(lambda name, w: peers.matgptq(w, lab.hessians[name], 64, "experts" if is_expert(name) else "dense"))
     found = [
-        (4 * n, lab.ours("d2moe", calibrated=True)),
-        (n, lab.ours("d2moe, uncalibrated", calibrated=False)),
-        (2 * n, lab.simple("GPTQ, group 64", lab.separate(peers.gptq, 64), both)),
-        (2 * n, lab.simple("GPTQ, group 128", lab.separate(peers.gptq, 128), both)),
-        (n, lab.simple("round to nearest, group 64", lab.separate(peers.nearest, 64), wider)),
-        (n, lab.simple("MWQ, group 128", lab.nested(lambda name, w: peers.mwq(w, lab.hessians[name], 128)), wider)),
-        (n, lab.simple("MatGPTQ-like, group 64", matgptq, wider)),
-        (n, lab.simple("Any-Precision", lab.nested(lambda name, w: peers.any_precision(w, lab.sensitivities[name])), wider)),
+        ({"d2moe"}, 4 * n, lab.ours("d2moe", calibrated=True)),
+        ({"d2moe, uncalibrated"}, n, lab.ours("d2moe, uncalibrated", calibrated=False)),
+        ({"GPTQ, group 64"}, 2 * n, lab.simple("GPTQ, group 64", lab.separate(peers.gptq, 64), both)),
+        ({"GPTQ, group 128"}, 2 * n, lab.simple("GPTQ, group 128", lab.separate(peers.gptq, 128), both)),
+        ({"round to nearest, group 64"}, n, lab.simple("round to nearest, group 64", lab.separate(peers.nearest, 64), wider)),
+        ({"MWQ, group 128"}, n, lab.simple("MWQ, group 128", lab.nested(lambda name, w: peers.mwq(w, lab.hessians[name], 128)), wider)),
+        ({"MatGPTQ-like, group 64"}, n, lab.simple("MatGPTQ-like, group 64", matgptq, wider)),
+        ({"Any-Precision"}, n, lab.simple("Any-Precision", any_precision, wider)),
     ]
     try:
         import hqq.core.quantize  # noqa: F401
     except ImportError as error:
         tell(f"LEFT OUT: HQQ ({error}; pip install '.[benchmark]')")
     else:
-        found.append((2 * n, lab.simple("HQQ, group 64", lab.separate(peers.hqq, 64), both)))
+        found.append(({"HQQ, group 64"}, 2 * n, lab.simple("HQQ, group 64", lab.separate(peers.hqq, 64), both)))
     if not peer_python:
         tell("LEFT OUT: llama.cpp's types, as no --peer-python was given")
     elif not importlib.util.find_spec("gguf"):
         tell("LEFT OUT: llama.cpp's types, as gguf is not installed here (pip install gguf)")
     else:
-        found.append((3 * len(llama.FILE_TYPES), lab.llama(peer_python)))
-    return found
+        found.append(({"llama.cpp", "llama.cpp mixes"}, 3 * len(llama.FILE_TYPES), lab.llama(peer_python)))
+    return [(n - sum(key[0] in families for key in lab.done), entries) for families, n, entries in found]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -411,7 +412,7 @@ def measure(
         )  # what all others are compared with, so always scored
         score(plain, lab.logits_of(lab.weights))
         groups = contestants(lab, python)
-        total, seen, begun = sum(n for n, _ in groups) - len(done - {plain.key}), 0, time.monotonic()
+        total, seen, begun = sum(n for n, _ in groups), 0, time.monotonic()
         for made, logits in chain.from_iterable(entries for _, entries in groups):
             if made.key in done:
                 continue
