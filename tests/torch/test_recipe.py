@@ -129,7 +129,7 @@ def test_it_learns_and_what_it_exports_loads(recipe: ModuleType, given: list[str
     assert recipe.main([*given, "--out", str(tmp_path / "out"), "--tokens", str(150 * 64)]) == 0
     run, folder = recipe.Run(args), tmp_path / "out" / "model"
     assert run.step == 150
-    assert run.held_out_loss() < before - 0.5  # nats; from about 6
+    assert run.held_out_loss() < before - 1.5  # nats; from about 6 to 3
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert model.config.model_type == "olmoe"
@@ -144,5 +144,6 @@ def test_it_learns_and_what_it_exports_loads(recipe: ModuleType, given: list[str
     convert(folder, tmp_path / "m.d2moe")
     with Engine.load(tmp_path / "m.d2moe", EngineConfig(bits=8, kernels="reference-float")) as engine:
         logits = engine.step([Chunk(engine.new_sequence(), ids.tolist(), 8, "all")])
-    worst = float(np.abs(np.array(logits) - expected.numpy()).max())
-    assert worst < 0.05 * float(expected.std()), worst
+    # The mean, since a router at a near tie may choose otherwise at 8 bits.
+    wrong = float(np.abs(np.array(logits) - expected.numpy()).mean())
+    assert wrong < 0.03 * float(expected.std()), wrong
