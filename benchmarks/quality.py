@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from d2moe.runtime.engine import Engine
 from d2moe.runtime.request import Chunk
 
 ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "quality.md"
 BITS = (2, 3, 4, 5, 6, 8)
 TIED = 0.1
 """What an embedding's own rows count beside the head's inputs, for all quantisers that are calibrated (as in our own)."""
@@ -89,17 +91,37 @@ class Laboratory:
         with open_source(checkpoint) as source:
             self.weights, self.shape = read(source), source.shape
             ids = torch.from_numpy(calibration.windows(source).astype(np.int64))
-        if self.shape.model_type != "qwen3_moe":
-            raise click.ClickException(f"{checkpoint} is of the family {self.shape.model_type}, expected qwen3_moe")
-        self.model = Model(self.shape, self.shape.rope.theta, self.shape.rms_eps)
+        try:
+            self.model = Model(self.shape)
+        except ValueError as error:
+            raise click.ClickException(f"{checkpoint}: is {error}") from None
         self.float_bytes = sum(4 * w.numel() for n, w in self.weights.items() if n not in matrices(self.weights))
-        kept = folder / "second-moments.pt"
-        if not kept.exists():
-            torch.save(self.model.hessians(self.weights, ids, tell), kept)
-        self.second_moments: Weights = torch.load(kept)
-        head = self.second_moments["embed"]
-        mean = head.diagonal(dim1=-2, dim2=-1).mean()
-        self.hessians = self.second_moments | {"embed": head / mean + TIED * torch.eye(head.shape[-1])}
+        self._ids = ids
+
+    def _kept(self, name: str, measure: Callable[[Weights, torch.Tensor, Callable[[str], None]], Weights]) -> Weights:
+        path = self.folder / f"{name}.pt"
+        if not path.exists():
+            torch.save(measure(self.weights, self._ids, tell), path)
+        found: Weights = torch.load(path)
+        return found
+
+    @cached_property
+    def second_moments(self) -> Weights:
+        return self._kept("second-moments", self.model.hessians)
+
+    @cached_property
+    def hessians(self) -> Weights:
+        """Second moments, and for an embedding that is the head, too, something of its own rows."""
+        found = dict(self.second_moments)
+        if self.shape.tied_embeddings:
+            mean = found["embed"].diagonal(dim1=-2, dim2=-1).mean()
+            found["embed"] = found["embed"] / mean + TIED * torch.eye(found["embed"].shape[-1])
+        return found
+
+    @cached_property
+    def sensitivities(self) -> Weights:
+        found = self._kept("sensitivities", self.model.sensitivities)
+        return {name: x if x.ndim == 3 else x[None] for name, x in found.items()}
 
     def logits_of(self, weights: Weights) -> Logits:
         return lambda ids: self.model.logits(weights, ids)
@@ -107,19 +129,23 @@ class Laboratory:
     # --- ours ---
 
     def ours(self, family: str, calibrated: bool) -> Iterator[Entry]:
+        rules = ("wider", "same") if calibrated else ("wider",)
+        runs = ("weights", "engine") if calibrated else ("weights",)
+        wanted = [(b, rule, run) for b in BITS for rule in rules for run in runs if (family, f"{b} bits", rule, run) not in self.done]
+        if not wanted:
+            return
         path = self.folder / f"{'calibrated' if calibrated else 'nearest'}.d2moe"
         if not path.exists():
             tell(f"{family}: converting")
             convert(self.checkpoint, path, calibration=self.calibration if calibrated else None)
         container = Container.open(path)
-        for bits in BITS:
-            for rule in ("wider", "same") if calibrated else ("wider",):
-                dense = dense_width(bits, rule)
-                n_bytes = container_bytes(container, bits, dense)
-                made = Contestant(family, f"{bits} bits", rule, n_bytes)
-                yield made, self.logits_of(container_weights(container, self.weights, bits, dense))
-                if calibrated:
-                    yield Contestant(family, f"{bits} bits", rule, n_bytes, "engine"), engine_logits(path, bits, dense)
+        for bits, rule, run in wanted:
+            dense = dense_width(bits, rule)
+            if run == "weights":
+                logits = self.logits_of(container_weights(container, self.weights, bits, dense))
+            else:
+                logits = engine_logits(path, bits, dense)
+            yield Contestant(family, f"{bits} bits", rule, container_bytes(container, bits, dense), run), logits
 
     # --- separate and nested quantisers ---
 
@@ -148,12 +174,12 @@ class Laboratory:
     def separate(self, method: Callable[[torch.Tensor, torch.Tensor, int, int], peers.Quantised], group: int) -> Any:
         return lambda name, bits: method(self._cube(name), self.hessians[name], bits, group)
 
-    def nested(self, method: Callable[[str, torch.Tensor, torch.Tensor], dict[int, peers.Quantised]]) -> Any:
+    def nested(self, method: Callable[[str, torch.Tensor], dict[int, peers.Quantised]]) -> Any:
         made: dict[str, dict[int, peers.Quantised]] = {}
 
         def at(name: str, bits: int) -> peers.Quantised:
             if name not in made:
-                made[name] = method(name, self._cube(name), self.hessians[name])
+                made[name] = method(name, self._cube(name))
             return made[name][bits]
 
         return at
@@ -247,31 +273,33 @@ def engine_logits(path: Path, bits: int, dense: int) -> Logits:
 
 
 def contestants(lab: Laboratory, peer_python: Path | None) -> list[tuple[int, Iterator[Entry]]]:
-    """How many rows, and what makes them one by one; what has to be left out is told."""
+    """How many rows are still wanted, and what makes them one by one; what has to be left out is told."""
     n, both, wider = len(BITS), ("wider", "same"), ("wider",)
-    nested = lab.nested(lambda name, w, h: peers.matgptq(w, h, 64, "experts" if is_expert(name) else "dense"))
+    any_precision = lab.nested(lambda name, w: peers.any_precision(w, lab.sensitivities[name]))
+    matgptq = lab.nested(lambda name, w: peers.matgptq(w, lab.hessians[name], 64, "experts" if is_expert(name) else "dense"))
     found = [
-        (4 * n, lab.ours("d2moe", calibrated=True)),
-        (n, lab.ours("d2moe, uncalibrated", calibrated=False)),
-        (2 * n, lab.simple("GPTQ, group 64", lab.separate(peers.gptq, 64), both)),
-        (2 * n, lab.simple("GPTQ, group 128", lab.separate(peers.gptq, 128), both)),
-        (n, lab.simple("round to nearest, group 64", lab.separate(peers.nearest, 64), wider)),
-        (n, lab.simple("MWQ, group 128", lab.nested(lambda name, w, h: peers.mwq(w, h, 128)), wider)),
-        (n, lab.simple("MatGPTQ-like, group 64", nested, wider)),
+        ({"d2moe"}, 4 * n, lab.ours("d2moe", calibrated=True)),
+        ({"d2moe, uncalibrated"}, n, lab.ours("d2moe, uncalibrated", calibrated=False)),
+        ({"GPTQ, group 64"}, 2 * n, lab.simple("GPTQ, group 64", lab.separate(peers.gptq, 64), both)),
+        ({"GPTQ, group 128"}, 2 * n, lab.simple("GPTQ, group 128", lab.separate(peers.gptq, 128), both)),
+        ({"round to nearest, group 64"}, n, lab.simple("round to nearest, group 64", lab.separate(peers.nearest, 64), wider)),
+        ({"MWQ, group 128"}, n, lab.simple("MWQ, group 128", lab.nested(lambda name, w: peers.mwq(w, lab.hessians[name], 128)), wider)),
+        ({"MatGPTQ-like, group 64"}, n, lab.simple("MatGPTQ-like, group 64", matgptq, wider)),
+        ({"Any-Precision"}, n, lab.simple("Any-Precision", any_precision, wider)),
     ]
     try:
         import hqq.core.quantize  # noqa: F401
     except ImportError as error:
         tell(f"LEFT OUT: HQQ ({error}; pip install '.[benchmark]')")
     else:
-        found.append((2 * n, lab.simple("HQQ, group 64", lab.separate(peers.hqq, 64), both)))
+        found.append(({"HQQ, group 64"}, 2 * n, lab.simple("HQQ, group 64", lab.separate(peers.hqq, 64), both)))
     if not peer_python:
         tell("LEFT OUT: llama.cpp's types, as no --peer-python was given")
     elif not importlib.util.find_spec("gguf"):
         tell("LEFT OUT: llama.cpp's types, as gguf is not installed here (pip install gguf)")
     else:
-        found.append((3 * len(llama.FILE_TYPES), lab.llama(peer_python)))
-    return found
+        found.append(({"llama.cpp", "llama.cpp mixes"}, 3 * len(llama.FILE_TYPES), lab.llama(peer_python)))
+    return [(n - sum(key[0] in families for key in lab.done), entries) for families, n, entries in found]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -281,6 +309,11 @@ def contestants(lab: Laboratory, peer_python: Path | None) -> list[tuple[int, It
     default=ROOT.parent / "shared",
     show_default=True,
     help="Folder with models/qwen3moe-14m, data/perplexity and data/calibration.",
+)
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Hugging Face checkpoint of a family of mixtures without shared experts [default: SHARED/models/qwen3moe-14m].",
 )
 @click.option(
     "--peer-python", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Interpreter with llama_cpp."
@@ -293,17 +326,15 @@ def contestants(lab: Laboratory, peer_python: Path | None) -> list[tuple[int, It
 )
 @click.option("--calibration-tokens", type=click.IntRange(1), default=131072, show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="Keep containers and GGUF files here.")
+@click.option("--name", help="Of the model on the page, and of benchmarks/results/quality-NAME.jsonl [default: the checkpoint's folder].")
 @click.option(
-    "--name", default="qwen3moe-14m", show_default=True, help="Results go to benchmarks/results/quality-NAME.jsonl."
-)
-@click.option(
-    "--page", "page_path", type=click.Path(path_type=Path), default=ROOT / "docs" / "quality.md", show_default=True
+    "--page", "page_path", type=click.Path(path_type=Path), help=f"A page of these results alone [default: {PAGE}, of all there are]."
 )
 @click.option("--resume", is_flag=True, help="Keep the rows that are in the file of results.")
 @click.option("--only-page", is_flag=True, help="Write the page from the file of results, without measuring.")
 def main(
-    shared: Path, peer_python: Path | None, windows: int, kl_windows: int, calibration_tokens: int, folder: Path | None, name: str,
-    page_path: Path, resume: bool, only_page: bool,
+    shared: Path, checkpoint: Path | None, peer_python: Path | None, windows: int, kl_windows: int, calibration_tokens: int,
+    folder: Path | None, name: str | None, page_path: Path | None, resume: bool, only_page: bool,
 ) -> None:  # fmt: skip
     """Measure all contestants and write the page.
 
@@ -311,29 +342,34 @@ def main(
     Examples:
       python benchmarks/quality.py --peer-python ~/peer/bin/python --folder /tmp/quality
       python benchmarks/quality.py --windows 8 --kl-windows 8 --name try --page try.md
+      python benchmarks/quality.py --checkpoint olmoe-41m --folder /tmp/quality-olmoe
       python benchmarks/quality.py --only-page
     """
+    checkpoint = checkpoint or shared / "models" / "qwen3moe-14m"
+    name = name or checkpoint.resolve().name
     out = ROOT / "benchmarks" / "results" / f"quality-{name}.jsonl"
     if not only_page:
         with tempfile.TemporaryDirectory() as temporary:
             place = folder or Path(temporary)
             place.mkdir(parents=True, exist_ok=True)
             try:
-                measure(shared, out, place, peer_python, windows, kl_windows, calibration_tokens, resume)
+                measure(shared, checkpoint, out, place, peer_python, windows, kl_windows, calibration_tokens, resume)
             except (D2MoeError, OSError) as error:
                 raise click.ClickException(str(error)) from None
     if not out.exists():
         raise click.ClickException(f"{out} does not exist; run without --only-page first")
-    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    page_path.write_text(page(rows), encoding="utf-8")
+    files = [out] if page_path else sorted(out.parent.glob("quality-*.jsonl"))
+    results = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
+    page_path = page_path or PAGE
+    page_path.write_text(page(results), encoding="utf-8")
     tell(f"{page_path} written")
 
 
 def measure(
-    shared: Path, out: Path, folder: Path, python: Path | None, windows: int, kl_windows: int, calibration: int, resume: bool
+    shared: Path, checkpoint: Path, out: Path, folder: Path, python: Path | None, windows: int, kl_windows: int, calibration: int,
+    resume: bool,
 ) -> None:  # fmt: skip
     torch.set_num_threads(1)  # the engine's sums do not depend on it, torch's do
-    checkpoint = shared / "models" / "qwen3moe-14m"
     files = tuple(shared / "data" / "calibration" / n for n in ("exl3_c4.utf8", "exl3_wiki.utf8"))
     for needed in (checkpoint, *files, *(shared / "data" / "perplexity" / f for f in TEXTS.values())):
         if not needed.exists():
@@ -364,16 +400,19 @@ def measure(
             )
             if made.key not in done:
                 found = {n: asdict(s) | {"perplexity": s.perplexity, "mean_kl": s.mean_kl} for n, s in scores.items()}
-                file.write(json.dumps({**asdict(made), "protocol": protocol, "scores": found}) + "\n")
+                facts = {"model": about} if made.key == plain.key else {}
+                file.write(json.dumps({**asdict(made), **facts, "protocol": protocol, "scores": found}) + "\n")
                 file.flush()
 
-        everything = sum(4 * w.numel() for w in lab.weights.values())
+        shape, everything = lab.shape, sum(4 * w.numel() for w in lab.weights.values())
+        about = {"name": out.stem.removeprefix("quality-"), "family": shape.model_type, "weights": everything // 4, "layers": shape.layers}
+        about |= {"experts": shape.experts, "top_k": shape.top_k, "hidden": shape.hidden, "inner": shape.expert_inner}
         plain = Contestant(
             "float32", "float32", "same", everything
         )  # what all others are compared with, so always scored
         score(plain, lab.logits_of(lab.weights))
         groups = contestants(lab, python)
-        total, seen, begun = sum(n for n, _ in groups) - len(done - {plain.key}), 0, time.monotonic()
+        total, seen, begun = sum(n for n, _ in groups), 0, time.monotonic()
         for made, logits in chain.from_iterable(entries for _, entries in groups):
             if made.key in done:
                 continue

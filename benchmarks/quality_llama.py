@@ -34,12 +34,15 @@ PARTS |= {"attn.q_norm": "attn_q_norm", "attn.k_norm": "attn_k_norm", "attn_norm
 PARTS |= {"router": "ffn_gate_inp"} | {f"experts.{p}": f"ffn_{p}_exps" for p in ("gate", "up", "down")}
 
 
+ARCHITECTURES = {"qwen3_moe": "qwen3moe", "olmoe": "olmoe", "mixtral": "llama"}
+
+
 def gguf_name(name: str) -> str:
     """GGUF's name of a canonical one."""
     if name.startswith("layers."):
         _, layer, part = name.split(".", 2)
         return f"blk.{layer}.{PARTS[part]}.weight"
-    return {"embed": "token_embd.weight", "final_norm": "output_norm.weight"}[name]
+    return {"embed": "token_embd.weight", "final_norm": "output_norm.weight", "head": "output.weight"}[name]
 
 
 def write(path: Path, weights: dict[str, Any], shape: Any) -> None:
@@ -47,7 +50,7 @@ def write(path: Path, weights: dict[str, Any], shape: Any) -> None:
     import gguf
     from peer_models import add_shape  # the file beside this one
 
-    writer = gguf.GGUFWriter(path, "qwen3moe")
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[shape.model_type])
     add_shape(writer, shape, shape.rope.theta, int(gguf.LlamaFileType.ALL_F32))
     for name, tensor in weights.items():
         writer.add_tensor(gguf_name(name), np.ascontiguousarray(tensor.numpy(), np.float32))

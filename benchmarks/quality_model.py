@@ -17,12 +17,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from d2moe.convert.source import ModelSource
+from d2moe.models.rope import attention_scale, inverse_frequencies
 from d2moe.types import ModelShape
 
 Weights = dict[str, Tensor]
 Tap = Callable[[str, Tensor, "int | None"], None]
 BATCH = 16
 PARTS = ("gate", "up", "down")
+FAMILIES = ("qwen3_moe", "olmoe", "mixtral")
 
 
 def read(source: ModelSource) -> Weights:
@@ -46,21 +48,36 @@ def matrices(weights: Weights) -> list[str]:
 
 
 class Model:
-    """Forward pass of qwen3_moe, the family of the shared checkpoint; softmax over all experts, gates of the chosen normed."""
+    """Forward pass of models whose every layer has routed experts and nothing beside them (`FAMILIES`). ValueError for others."""
 
-    def __init__(self, shape: ModelShape, rope_theta: float, eps: float):
-        self.shape, self.eps = shape, eps
-        self._frequency = rope_theta ** -(torch.arange(0, shape.head_dim, 2).float() / shape.head_dim)
+    def __init__(self, shape: ModelShape):
+        whole = tuple(range(shape.layers)) == shape.moe_layers and not any(shape.windows) and not shape.qkv_bias and not shape.o_bias
+        if shape.model_type not in FAMILIES or not whole:
+            raise ValueError(f"of the family {shape.model_type}, expected one of {', '.join(FAMILIES)}, with experts in every layer")
+        self.shape = shape
+        self._frequency = torch.from_numpy(inverse_frequencies(shape.rope, shape.head_dim))
+        self._scale = attention_scale(shape.rope)
 
     def _norm(self, x: Tensor, w: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * w
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.shape.rms_eps) * w
 
     def _rotate(self, x: Tensor) -> Tensor:
         angle = torch.outer(torch.arange(x.shape[-2]).float(), self._frequency).repeat(1, 2)
         half = x.shape[-1] // 2
-        return x * angle.cos() + torch.cat([-x[..., half:], x[..., :half]], -1) * angle.sin()
+        return (x * angle.cos() + torch.cat([-x[..., half:], x[..., :half]], -1) * angle.sin()) * self._scale
 
-    @torch.no_grad()
+    def _heads(self, w: Weights, at: str, part: str, h: Tensor) -> Tensor:
+        """q, k or v [windows, heads, tokens, head_dim], normed and clipped as the family does."""
+        s, y, norm = self.shape, h @ w[f"{at}.attn.{part}"].T, w.get(f"{at}.attn.{part}_norm")
+        if norm is not None and s.qk_norm == "all":
+            y = self._norm(y, norm)
+        if s.clip_qkv is not None:
+            y = y.clamp(-s.clip_qkv, s.clip_qkv)
+        y = y.unflatten(-1, (-1, s.head_dim))
+        if norm is not None and s.qk_norm == "head":
+            y = self._norm(y, norm)
+        return y.transpose(1, 2) if part == "v" else self._rotate(y.transpose(1, 2))
+
     def logits(self, w: Weights, ids: Tensor, tap: Tap | None = None) -> Tensor:
         """float32 [windows, tokens, vocab] of int64 [windows, tokens]; `tap(name, inputs, expert)` sees what meets each matrix."""
         s = self.shape
@@ -69,9 +86,7 @@ class Model:
         for layer in range(s.layers):
             at = f"layers.{layer}"
             h = self._norm(x, w[f"{at}.attn_norm"])
-            q, k, v = ((h @ w[f"{at}.attn.{p}"].T).view(n, length, -1, s.head_dim).transpose(1, 2) for p in "qkv")
-            q = self._rotate(self._norm(q, w[f"{at}.attn.q_norm"]))
-            k = self._rotate(self._norm(k, w[f"{at}.attn.k_norm"]))
+            q, k, v = (self._heads(w, at, part, h) for part in "qkv")
             mixed = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             mixed = mixed.transpose(1, 2).reshape(n, length, -1)
             if tap:
@@ -81,13 +96,15 @@ class Model:
             x = x + mixed @ w[f"{at}.attn.o"].T
             x = x + self._experts(w, at, self._norm(x, w[f"{at}.mlp_norm"]).flatten(0, 1), tap).view_as(x)
         x = self._norm(x, w["final_norm"])
+        head = "embed" if s.tied_embeddings else "head"
         if tap:
-            tap("embed", x.flatten(0, 1), None)
-        return x @ w["embed"].T
+            tap(head, x.flatten(0, 1), None)
+        return x @ w[head].T
 
     def _experts(self, w: Weights, at: str, h: Tensor, tap: Tap | None) -> Tensor:
         gates, chosen = torch.softmax(h @ w[f"{at}.router"].T, -1).topk(self.shape.top_k, -1)
-        gates = gates / gates.sum(-1, keepdim=True)
+        if self.shape.norm_top_k:
+            gates = gates / gates.sum(-1, keepdim=True)
         out = torch.zeros_like(h)
         gate, up, down = (w[f"{at}.experts.{part}"] for part in PARTS)
         for e in range(self.shape.experts):
@@ -103,8 +120,10 @@ class Model:
             out.index_add_(0, token, gates[token, slot, None] * (inner @ down[e].T))
         return out
 
+    @torch.no_grad()
     def hessians(self, w: Weights, ids: Tensor, tell: Callable[[str], None]) -> Weights:
-        """Per matrix the mean of x xᵀ over its inputs x, float32 [1 or experts, cols, cols]."""
+        """Per matrix the mean of x xᵀ over its inputs x, float32 [1 or experts, cols, cols]; of an embedding that is no head, whose rows
+        are looked up one by one, the identity."""
         sums: Weights = {}
         counts: Weights = {}
         for name in matrices(w):
@@ -127,7 +146,26 @@ class Model:
             twin = {"k": "q", "v": "q", "up": "gate"}.get(part)
             if twin is not None:
                 sums[name] = sums[f"{stem}.{twin}"].clone()
+        if not self.shape.tied_embeddings:
+            sums["embed"] = torch.eye(self.shape.hidden)[None]
         return {name: found / counts[name].clamp(min=1)[:, None, None] for name, found in sums.items()}
+
+    def sensitivities(self, w: Weights, ids: Tensor, tell: Callable[[str], None]) -> Weights:
+        """Per matrix the mean square of the loss's gradients by its weights, one window at a time: the diagonal of the Fisher
+        information that SqueezeLLM (arXiv 2306.07629) weighs errors with. Shaped as the weights."""
+        names = matrices(w)
+        grown = {n: v.clone().requires_grad_(n in names) for n, v in w.items()}
+        total = {n: torch.zeros_like(w[n]) for n in names}
+        for i, window in enumerate(ids):
+            logits = self.logits(grown, window[None, :-1])[0]
+            torch.nn.functional.cross_entropy(logits, window[1:]).backward()
+            for name in names:
+                if (grad := grown[name].grad) is not None:
+                    total[name] += grad.square() / len(ids)
+                grown[name].grad = None
+            if i % 32 == 0:
+                tell(f"sensitivities of all weights: {i} of {len(ids)} windows")
+        return total
 
 
 @dataclass(frozen=True)
@@ -160,6 +198,7 @@ class Text:
         self.kl_windows = min(kl_windows, windows)
         self.base: list[Tensor] = []
 
+    @torch.no_grad()
     def score(self, logits: Callable[[Tensor], Tensor]) -> Score:
         """`logits` gives float32 [windows, tokens, vocab] of inputs [windows, tokens]. The first model that is scored is the
         float32 one: later ones are compared with its distributions."""

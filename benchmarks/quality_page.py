@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 Row = dict[str, Any]
-OURS, NESTED = "d2moe", ("MWQ, group 128", "MatGPTQ-like, group 64", "d2moe, uncalibrated")
+OURS, NESTED = "d2moe", ("MWQ, group 128", "MatGPTQ-like, group 64", "Any-Precision", "d2moe, uncalibrated")
 GOALS = {2: 3.5, 3: 0.8, 4: 0.25, 8: 0.05}
 """Per cent of perplexity above float32 that the project wants at most, all weights included."""
 NEAR = 0.02
@@ -16,25 +16,29 @@ NEAR = 0.02
 
 HEAD = """# Quality per byte
 
-Made by `benchmarks/quality.py` ([raw results](../benchmarks/results)). The model is the one that the built-in model is made from:
-14.4 M parameters, 16 experts a layer, {float_mb:.1f} MB in float32, 256 columns to a row. How larger models behave is not shown here.
+Made by `benchmarks/quality.py` ([raw results](../benchmarks/results)). The models are small; how larger ones behave is not shown here.
 
-- **Texts**: WikiText-2 test (raw) and held-out Wikipedia, windows of 256 tokens without overlap, the first {tokens:,} predictions
-  of each.
-- **KL**: mean Kullback-Leibler divergence from the float32 model over the first {kl_tokens:,} predictions, in thousandths of a nat.
-  It is the better measure: it scatters less, and perplexity may fall with a little noise. From 6 bits on it may be made by the few
-  tokens that a router at a near tie sends to another expert, so it scatters there, too. Perplexity in float32: {base}.
-- **MB** (10^6 bytes): all weights with codes, scales, zeros, norms and routers; ours with the padding of records (5 % of
-  the experts at 2 bits here, none in OLMoE's shape).
-- **Calibration**: the same {calibration:,} tokens of C4 and Wikipedia for d2moe, GPTQ, MWQ, MatGPTQ-like and llama.cpp's
+- **Texts**: WikiText-2 test (raw) and held-out Wikipedia, windows of 256 tokens without overlap.
+- **KL**: mean Kullback-Leibler divergence from the float32 model, in thousandths of a nat. It is the better measure: it scatters less,
+  and perplexity may fall with a little noise. From 6 bits on it may be made by the few
+  tokens that a router at a near tie sends to another expert, so it scatters there, too.
+- **MB** (10^6 bytes): all weights with codes, scales, zeros, codebooks, norms and routers; ours with the padding of records (5 % of
+  the experts at 2 bits where they are 256 x 256, none in OLMoE's shape).
+- **Calibration**: the same tokens of C4 and Wikipedia for d2moe, GPTQ, MWQ, MatGPTQ-like, Any-Precision and llama.cpp's
   importance matrix.
 - **Weights only**, as they come back from their codes, in one float32 model; "engine" is ours as it runs, with int8 activations.
 
 The peers (details in `benchmarks/quality_quantisers.py` and `quality_llama.py`): GPTQ is our own, with act order, static groups,
 asymmetric; with these settings, which beat its defaults, GPTQModel 7.7's class gives the same layer errors to 0.5 %. Inputs are the
 unquantised model's for everyone. HQQ is the package with its defaults. llama.cpp's types are made by its own quantiser with an
-importance matrix; "mixes" are its file types as they come. MWQ and MatGPTQ are re-made from their papers. Any-Precision is not
-measured.
+importance matrix; "mixes" are its file types as they come. MWQ, MatGPTQ and Any-Precision are re-made from their papers.
+"""
+MODEL = """
+# {name}
+
+{family}, {weights:.1f} M weights ({float_mb:.1f} MB in float32), {layers} layers of {experts} experts of {hidden} x {inner}, {top_k} per
+token. Perplexity is of the first {tokens:,} predictions of each text, {base} in float32; KL of the first {kl_tokens:,};
+calibration on {calibration:,} tokens.
 """
 ROWS = """
 ## All rows, by size
@@ -45,13 +49,20 @@ Q5_K, Q6_K, Q8_0), as wide as the experts ("same"), or what llama.cpp's mixes ma
 FAMILIES = ("GPTQ, group 64", "GPTQ, group 128", "HQQ, group 64", "llama.cpp", "llama.cpp mixes")
 
 
-def page(rows: Sequence[Row]) -> str:
+def page(results: Sequence[Sequence[Row]]) -> str:
+    """Of one or more models' rows."""
+    return "\n".join((HEAD, *(_model(rows) for rows in results)))
+
+
+def _model(rows: Sequence[Row]) -> str:
     base = next(r for r in rows if r["family"] == "float32")
     texts = list(base["scores"])
     first = base["scores"][texts[0]]
     kl_tokens = max(r["scores"][texts[0]]["kl_tokens"] for r in rows)
+    about = dict(base["model"])
     parts = [
-        HEAD.format(
+        MODEL.format(
+            **about | {"weights": about["weights"] / 1e6},
             float_mb=base["n_bytes"] / 1e6,
             tokens=first["tokens"],
             kl_tokens=kl_tokens,

@@ -13,6 +13,10 @@ the inputs that each meets (the unquantised model's, for everyone). A group is a
   its own compensated weights, which is kinder than any one choice.
 - MatGPTQ-like: one 8-bit code whose width-b value is its first b bits *rounded* with the next one, clamped (MatQuant's
   slicing); the codes chosen for all widths together, with error feedback, shares as in our own quantiser. Float16 scale, 8-bit zero.
+- Any-Precision (arXiv 2402.10517): nested non-uniform codebooks. Each row's weights are clustered by k-means in 4 values, each cluster then
+  split in two for every further bit, each time the best there is; errors weigh as much as the weight's squared gradient (SqueezeLLM). The
+  paper begins at 3 bits; here at 2, since 2 is compared. A row keeps its values at the width in float16: 2^b of them, one for every
+  column at 8 bits and 256 columns.
 """
 
 from __future__ import annotations
@@ -159,6 +163,70 @@ def mwq(W: Tensor, H: Tensor, group: int) -> dict[int, Quantised]:
         )
         wanted[..., begin + group :] -= error @ U[:, here, begin + group :]
     return {b: Quantised(out[i], per_group(W.numel(), group, b, 18 + 16 * (b - 2))) for i, b in enumerate(WIDTHS)}
+
+
+ROWS_AT_ONCE = 64
+
+
+def any_precision(W: Tensor, sensitivity: Tensor) -> dict[int, Quantised]:
+    """All widths of one code with a codebook per row and width; `sensitivity` is shaped as W. The four clusters, and every cut of
+    one in two, are the best there are: of numbers in a row clusters are runs of the sorted ones."""
+    rows = W.flatten(0, -2).double()
+    # A weight that no loss depends on still counts a little, or an expert that no token chose would have no centres.
+    weight = sensitivity.flatten(0, -2).double()
+    weight = weight + 1e-3 * weight.mean(-1, keepdim=True) + 1e-20
+    order = rows.argsort(-1)
+    w, p = rows.gather(-1, order), (weight / weight.mean(-1, keepdim=True)).gather(-1, order)
+    sums = torch.stack([torch.nn.functional.pad(x.cumsum(-1), (1, 0)) for x in (p, p * w)])
+    code = torch.cat([_quarters(part) for part in sums.split(ROWS_AT_ONCE, 1)])
+    out = {}
+    for bits in WIDTHS:
+        if bits > 2:
+            code = _halved(sums, code, 2 ** (bits - 1))
+        zero = torch.zeros(len(w), 2**bits, dtype=torch.float64)
+        centres = zero.scatter_add(-1, code, p * w) / zero.scatter_add(-1, code, p).clamp(min=1e-30)
+        back = torch.empty_like(w).scatter_(-1, order, centres.half().double().gather(-1, code))
+        out[bits] = Quantised(back.float().view_as(W), rows.numel() * bits / 8 + 2.0 * len(rows) * 2**bits)
+    return out
+
+
+def _gain(p: Tensor, pw: Tensor) -> Tensor:
+    """What one centre for values of weight `p`, whose weighted sum is `pw`, spares of the sum of their weighted squares."""
+    return pw.square() / p.clamp(min=1e-30)
+
+
+def _quarters(sums: Tensor) -> Tensor:
+    """Codes 0 to 3 [rows, n] of the best four clusters, by dynamic programming over where each ends; `sums` [2, rows, n + 1]."""
+    n = sums.shape[2] - 1
+    at = torch.arange(n + 1)
+    p, pw = sums.float()
+    gain = _gain(p[:, :, None] - p[:, None], pw[:, :, None] - pw[:, None])  # [rows, end, first]
+    gain.masked_fill_(at[:, None] < at, -torch.inf)
+    best, cuts = gain[:, :, 0], []
+    for _ in range(2):
+        best, cut = (best[:, None] + gain).max(-1)
+        cuts.append(cut)
+    place = (best + gain[:, n]).argmax(-1, keepdim=True)
+    code = (at[:n] >= place).long()
+    for cut in reversed(cuts):
+        place = cut.gather(-1, place)
+        code += at[:n] >= place
+    return code
+
+
+def _halved(sums: Tensor, code: Tensor, count: int) -> Tensor:
+    """Every cluster cut in two where that spares most; `code` [rows, n] ascends, below `count`."""
+    rows, n = code.shape
+    at = torch.arange(n).expand(rows, n)
+    sizes = torch.zeros(rows, count, dtype=torch.int64).scatter_add(-1, code, torch.ones_like(code))
+    ends = sizes.cumsum(-1)
+    first, end = (ends - sizes).gather(-1, code), ends.gather(-1, code)
+    before, middle, after = (sums.gather(-1, place.expand(2, -1, -1)) for place in (first, at, end))
+    gain = (_gain(*(middle - before)) + _gain(*(after - middle))).masked_fill(at == first, -1.0)
+    best = torch.full((rows, count), -1.0, dtype=torch.float64).scatter_reduce(-1, code, gain, "amax")
+    chosen = torch.where((gain == best.gather(-1, code)) & (at > first), at, n)
+    cut = torch.full((rows, count), n).scatter_reduce(-1, code, chosen, "amin")
+    return 2 * code + (at >= cut.gather(-1, code)).long()
 
 
 def hqq(W: Tensor, H: Tensor, bits: int, group: int) -> Quantised:

@@ -17,10 +17,10 @@ from d2moe.container.inspect import measured_losses
 from d2moe.convert.activations import Activations, Routed, squares
 from d2moe.convert.balance import Balanced
 from d2moe.convert.calibration import Calibration
+from d2moe.convert.float_model import last_states
 from d2moe.convert.pipeline import convert
 from d2moe.convert.source import open_source
 from d2moe.errors import ConfigError, ContainerError
-from d2moe.kernels.reference import rms_norm
 from d2moe.runtime.config import EngineConfig
 from d2moe.runtime.engine import Engine
 from d2moe.runtime.request import Chunk
@@ -44,20 +44,8 @@ def test_activations_are_those_of_transformers(family: str, balance: bool, tmp_p
     tokens = np.random.default_rng().integers(0, 256, (3, 24)).astype(np.int32)
     with open_source(tmp_path) as opened, torch.no_grad():
         source = Balanced(opened) if balance else opened
-        activations, shape = Activations(source, tokens), opened.shape
-        for layer in range(shape.layers):
-            activations.attend(layer)
-            h = activations.normed(layer)
-            routed = Routed(activations, layer, h, least=1) if layer in shape.moe_layers else None
-            for block in ("mlp", "shared"):
-                if f"layers.{layer}.{block}.gate" in opened.names.dense:
-                    mix = source.read_dense(f"layers.{layer}.shared.mix") if block == "shared" else None
-                    activations.block(f"layers.{layer}.{block}", h, mix)
-            for expert in range(shape.experts if routed else 0):
-                assert routed
-                routed.pass_on(expert, **dict(source.read_expert(layer, expert)))
-        last = rms_norm(activations.x, source.read_dense("final_norm"), shape.rms_eps)
-        head = np.concatenate(list(source.linear_pieces("embed" if shape.tied_embeddings else "head", 1)))
+        last = last_states(source, tokens)
+        head = np.concatenate(list(source.linear_pieces("embed" if opened.shape.tied_embeddings else "head", 1)))
         expected = model(torch.from_numpy(tokens).long()).logits.numpy()
     assert np.abs(last @ head.T - expected).max() < 2e-3 * np.abs(expected).max()
 

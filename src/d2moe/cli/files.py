@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from d2moe.cli.shared import model_path, print_json, print_table
+from d2moe.cli.shared import model_path, print_json, print_table, read_text
+
+if TYPE_CHECKING:
+    from d2moe.convert.calibration import Calibration
 
 
 class _Conversion:
@@ -22,6 +27,17 @@ class _Conversion:
     def advance(self, weights: int, text: str) -> None:
         self._done += weights
         self._bar(self._done, self._total, text)
+
+
+REPORT_TEXT = click.option(
+    "--report-text",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="The text by which --report tells perplexity, of which it takes --report-tokens.",
+)
+REPORT_TOKENS = click.option(
+    "--report-tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Tokens to tell perplexity by."
+)
 
 
 @click.command()
@@ -52,6 +68,14 @@ class _Conversion:
     show_default=True,
     help="Tokens to take of the calibration text, spread over it.",
 )
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Then write a page (.html or .md) of what each width loses: errors by layer and expert, bytes, perplexity.",
+)
+@REPORT_TEXT
+@REPORT_TOKENS
 @click.option("--threads", type=click.IntRange(min=1), help="Threads [default: all CPUs this process may use].")
 @click.option(
     "--ignore-config-key",
@@ -67,6 +91,9 @@ def convert(
     balance: bool,
     calibration: tuple[str, ...],
     calibration_tokens: int,
+    report: str | None,
+    report_text: str | None,
+    report_tokens: int,
     threads: int | None,
     ignore_config_keys: tuple[str, ...],
 ) -> None:
@@ -78,22 +105,25 @@ def convert(
     With --calibration the model reads that text, layer by layer in float32 (memory: one layer and 4 bytes x hidden size
     x tokens, twice), and every weight is rounded for the inputs that it meets there.
 
+    --report measures perplexity, of SRC in float32 too, on --report-text, or else on that part of the calibration text which
+    calibration did not read.
+
     A GGUF file needs pip install gguf. A tokenizer.json beside it is preferred to the one made of it.
 
     \b
     Examples:
       d2moe convert ~/models/OLMoE-1B-7B-0924 olmoe.d2moe
       d2moe convert ~/models/OLMoE-1B-7B-0924 olmoe.d2moe --calibration wiki.txt --calibration code.txt
+      d2moe convert ~/models/OLMoE-1B-7B-0924 olmoe.d2moe --calibration wiki.txt --report olmoe.html
       d2moe convert Qwen3-30B-A3B qwen3.d2moe --group 128 --threads 8
       d2moe convert Qwen3-30B-A3B-Q8_0.gguf qwen3.d2moe
       d2moe convert Llama-3.2-1B llama.d2moe           a dense model: its feed-forward blocks are the experts
     """
-    from pathlib import Path
-
     from d2moe.cli.progress import Bar
     from d2moe.convert.calibration import Calibration
     from d2moe.convert.pipeline import convert as run
 
+    plan = _report_plan(report, report_text)
     text = Calibration(tuple(map(Path, calibration)), calibration_tokens) if calibration else None
 
     with Bar("converting") as bar:
@@ -108,6 +138,64 @@ def convert(
             ignore_config_keys=ignore_config_keys,
         )
     click.echo(str(made))
+    if plan is not None:
+        _report(made, plan, src, text, report_text, report_tokens, threads, ignore_config_keys)
+
+
+def _report_plan(report: str | None, report_text: str | None) -> Path | None:
+    """Where the report goes; what is wrong with that is said before anything is measured."""
+    from d2moe.evaluate.report import check
+
+    if report is None:
+        if report_text is not None:
+            raise click.UsageError("--report-text is for --report FILE; name a page to write")
+        return None
+    check(Path(report))
+    if report_text is not None:
+        read_text(report_text)
+    return Path(report)
+
+
+def _report(
+    model: Path, file: Path, source: str | None, calibration: Calibration | None, text: str | None, most: int, threads: int | None,
+    ignore_config_keys: tuple[str, ...] = (),
+) -> None:  # fmt: skip
+    """Measure and write the page of a converted model: perplexity if there is a text, or calibration text that was not read."""
+    from contextlib import nullcontext
+
+    from d2moe.cli.progress import Bar
+    from d2moe.container import Container
+    from d2moe.container.inspect import describe
+    from d2moe.convert.float_model import float_nll, unread_windows
+    from d2moe.convert.source import open_source
+    from d2moe.evaluate.report import CONTEXT, Report, errors_of, width_rows, windows_of, write
+    from d2moe.runtime.tokenizer import Tokenizer
+
+    container = Container.open(model)
+    with nullcontext() if source is None else open_source(source, ignore_config_keys) as opened:
+        about, windows, plain = None, None, None
+        length = min(CONTEXT, int(container.config.get("max_position_embeddings", CONTEXT)))
+        if text is not None:
+            windows = windows_of(Tokenizer.load(model).encode(read_text(text)), length, max(1, most // length))
+            about = f"{Path(text).name}, from its beginning"
+        elif calibration is not None and opened is not None:
+            windows = unread_windows(calibration, opened, length, max(1, most // length))
+            about = "The part of the calibration text that calibration did not read"
+            if not len(windows):
+                click.echo("calibration read all of its text, so there is none left for perplexity; give --report-text", err=True)
+                windows = about = None
+        if windows is not None:
+            predicted = windows.size - len(windows)
+            about = f"{about}: {predicted:,} predictions in windows of {windows.shape[1] - 1} tokens without overlap"
+            if opened is not None:
+                with Bar("unquantised model") as bar:
+                    plain = math.exp(float_nll(opened, windows, bar) / predicted)
+        with Bar("perplexity") as bar:
+            rows = width_rows(container, windows, threads, bar)
+        with Bar("errors of weights") as bar:
+            errors = errors_of(container, bar)
+    for written in write(file, Report(model.name, describe(container), errors, rows, about, plain)):
+        click.echo(str(written))
 
 
 @click.command()
@@ -115,14 +203,24 @@ def convert(
 @click.option("--tensors", is_flag=True, help="List every dense tensor too.")
 @click.option("--losses", is_flag=True, help="What each layer and projection loses at each width, as measured with calibration text.")
 @click.option("--json", "as_json", is_flag=True, help="All of it as one JSON object.")
-def inspect(model: str | None, tensors: bool, losses: bool, as_json: bool) -> None:
-    """Show what is in MODEL, without reading its weights.
+@click.option("--report", type=click.Path(dir_okay=False), metavar="FILE", help="Write a page (.html or .md) of what each width loses.")
+@REPORT_TEXT
+@REPORT_TOKENS
+@click.option(
+    "--reference", type=click.Path(exists=True), metavar="SRC", help="The checkpoint it was made from, for its perplexity in the report."
+)
+def inspect(
+    model: str | None, tensors: bool, losses: bool, as_json: bool, report: str | None, report_text: str | None, report_tokens: int,
+    reference: str | None,
+) -> None:  # fmt: skip
+    """Show what is in MODEL, without reading its weights (but for --report).
 
     \b
     Examples:
       d2moe inspect olmoe.d2moe
       d2moe inspect olmoe.d2moe --json | jq .widths
       d2moe inspect olmoe.d2moe --losses
+      d2moe inspect olmoe.d2moe --report olmoe.html --report-text wiki.txt --reference ~/models/OLMoE-1B-7B-0924
     """
     from dataclasses import asdict
 
@@ -132,6 +230,11 @@ def inspect(model: str | None, tensors: bool, losses: bool, as_json: bool) -> No
     from d2moe.errors import RequestError
     from d2moe.runtime.config import show_bytes
 
+    if reference is not None and (report is None or report_text is None):
+        raise click.UsageError("--reference is for the perplexity of --report FILE --report-text FILE; give both")
+    if (plan := _report_plan(report, report_text)) is not None:
+        _report(model_path(model), plan, reference, None, report_text, report_tokens, None)
+        return
     container = Container.open(model_path(model))
     if losses:
         measured = measured_losses(container)
