@@ -43,7 +43,8 @@ def convert(
 
     `group` weights along the input share a scale; `balance` moves factors between weights that follow each other, which
     changes no output and helps the lower widths (convert/balance.py); `calibration` is text by which weights are rounded with
-    error feedback (convert/calibrated.py) instead of to the nearest, or has the model write it (convert/samples.py); `threads` None means all CPUs this process may use.
+    error feedback (convert/calibrated.py) instead of to the nearest, or has the model write it (convert/samples.py, which keeps
+    `dst`.samples meanwhile); `threads` None means all CPUs this process may use.
     `dst`.partial holds an unfinished conversion; the same call resumes it. Interrupted, it raises KeyboardInterrupt with a
     message that says so. Raises ConfigError (the config, or an argument), CheckpointError (the weights or the tokenizer; then
     nothing is left behind), ContainerError (`dst` exists, or the .partial is of another conversion) and StorageError.
@@ -59,7 +60,8 @@ def convert(
         windows, samples = None, None
         if isinstance(calibration, OwnSamples):
             samples = Samples(Path(dst), {"source": checkpoint.facts(), "group": group, "balance": balance})
-            plainly = partial(convert, src, group=group, balance=balance, threads=threads, progress=progress, ignore_config_keys=ignore_config_keys)
+            same: dict[str, Any] = {"group": group, "balance": balance, "ignore_config_keys": ignore_config_keys}
+            plainly = partial(convert, src, threads=threads, progress=progress, **same)
             windows = samples.windows(calibration, plainly, threads, progress)
         elif calibration is not None:
             windows = calibration.windows(checkpoint)

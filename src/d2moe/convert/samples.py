@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from d2moe.container import Container
 from d2moe.convert.job import Progress
-from d2moe.errors import ContainerError, StorageError
+from d2moe.errors import CheckpointError, ContainerError, StorageError
 from d2moe.kernels.native import draw
 from d2moe.models import shape_from_config
 from d2moe.runtime.config import EngineConfig
@@ -61,7 +61,8 @@ class Samples:
     ) -> I32:
         """int32 [windows, length]; `round_plainly` converts to the nearest, to the path it is given.
 
-        Raises KeyboardInterrupt with a message, ContainerError (`dst` exists), StorageError, and what the engine raises (MemoryBudgetError).
+        Raises KeyboardInterrupt with a message, ContainerError (`dst` exists), StorageError, and what the engine raises, such as
+        MemoryBudgetError.
         """
         if self._dst.exists():
             raise ContainerError(f"{self._dst}: is there already; delete it or give another name")
@@ -73,6 +74,9 @@ class Samples:
                 tokens = self._write(model, wanted, tokens, threads, progress)
             shutil.rmtree(self._model, ignore_errors=True)
             return tokens
+        except CheckpointError:
+            self.remove()
+            raise
         except OSError as error:
             raise StorageError(f"{self.folder}: cannot be written: {error.strerror}") from None
 
