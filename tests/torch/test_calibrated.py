@@ -122,14 +122,14 @@ def test_less_is_lost_than_by_rounding_to_the_nearest(tmp_path: Path, text: Path
     src = tmp_path / "src"
     tiny_checkpoint("qwen3_moe", src)
     convert(src, tmp_path / "range")
-    convert(src, tmp_path / "gptq", calibration=Calibration((text,), 4096))
-    assert Container.open(tmp_path / "gptq").manifest.quantizer["name"] == "gptq"
+    convert(src, tmp_path / "descent", calibration=Calibration((text,), 4096))
+    assert Container.open(tmp_path / "descent").manifest.quantizer["name"] == "descent"
     tokens = np.random.default_rng().integers(32, 127, 250).astype(np.int32)
     reference = AutoModelForCausalLM.from_pretrained(src, dtype=torch.float32)
     with torch.no_grad():
         expected = torch.log_softmax(reference(torch.from_numpy(tokens).long()[None]).logits[0].double(), -1)
     for bits in (2, 3):
-        lost = [divergence(tmp_path / name, expected, tokens, bits) for name in ("gptq", "range")]
+        lost = [divergence(tmp_path / name, expected, tokens, bits) for name in ("descent", "range")]
         print(bits, lost)
         assert lost[0] < lost[1]
 
@@ -158,11 +158,11 @@ def test_losses_are_kept(tmp_path: Path, text: Path, capsys: pytest.CaptureFixtu
     container = Container.open(convert(src, tmp_path / "dst", calibration=Calibration((text,), 1024)))
     for layer in container.moe_layers:
         losses = container.read_dense(f"optional.losses.{layer}")
-        assert losses.shape == (container.experts, 3, 5)
+        assert losses.shape == (container.experts, 3, 6)
         assert (losses > 0).all() and (np.diff(losses, axis=-1) < 0).mean() > 0.9
         assert container.read_dense(f"optional.tokens.{layer}").sum() == 1024 * 2
     measured = measured_losses(container)
-    assert measured is not None and measured[0] == (2, 3, 4, 6, 8)
+    assert measured is not None and measured[0] == (2, 3, 4, 5, 6, 8)
     tokens, losses = (container.read_dense(f"optional.{name}.0") for name in ("tokens", "losses"))
     assert np.allclose(measured[1][0], (losses * tokens[:, None, None]).sum(0) / tokens.sum())
     assert cli.main(["inspect", str(container.path), "--losses"]) == 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +30,10 @@ DAMPING = 0.05
 """Share of the mean diagonal that is added to a Hessian's diagonal: what calibration did not show may come, too."""
 BLOCK = 64
 """Columns between two products with the whole Hessian."""
-SWEEPS, PASSES = 2, 2
-"""Turns through all columns, and through each block's within them: those cost no product."""
+SWEEPS = (1.0, 0.5)
+"""Shares of the columns that are gone through, one turn after the other. Those that come first know least of the others' errors."""
+PASSES = 2
+"""Turns through a block's columns each time it comes, which cost no product."""
 PANEL = 256
 """Rows at a time, so that their errors stay in the cache."""
 
@@ -195,9 +198,10 @@ class Feedback:
         bits, weights = [t.bits for t in self._targets], shares(self._targets)
         e, codes = np.zeros((len(bits), cols, rows), np.float32), np.zeros((cols, rows), np.uint8)
         losses = np.zeros((len(bits), rows), np.float32)
-        for sweep in range(SWEEPS):
-            for at in range(0, cols, BLOCK):
-                here = slice(at, min(at + BLOCK, cols))
+        for sweep, share in enumerate(SWEEPS):
+            stop = ceil(share * cols)
+            for at in range(0, stop, BLOCK):
+                here = slice(at, min(at + BLOCK, stop))
                 known = at if sweep == 0 else cols  # columns that have an error
                 across = self._hessian[here, :known]
                 r = np.stack([across @ errors[:known] for errors in e])
