@@ -16,6 +16,7 @@ from d2moe.container import Container
 from d2moe.container.inspect import measured_losses
 from d2moe.convert.activations import Activations, Routed, squares
 from d2moe.convert.balance import Balanced
+from d2moe.convert.calibrated import inner_factors
 from d2moe.convert.calibration import Calibration
 from d2moe.convert.pipeline import convert
 from d2moe.convert.source import open_source
@@ -105,6 +106,44 @@ def test_an_expert_that_sees_many_tokens_sees_them_in_pieces(tmp_path: Path, mon
             found.append((*hessians, activations.x))
     for whole, pieces in zip(*found, strict=True):
         assert np.allclose(whole, pieces, rtol=1e-4, atol=1e-5 * np.abs(whole).max())
+
+
+def test_channels_are_scaled_by_what_they_carry() -> None:
+    """A channel's share of the outputs sets the size of its column; how it fell in the source does not matter."""
+    seed = int(np.random.default_rng().integers(1 << 31))
+    print("seed", seed)
+    rng = np.random.default_rng(seed)
+    inner = rng.normal(size=(500, 40)).astype(np.float32) * np.exp(rng.normal(size=40)).astype(np.float32)
+    down = rng.normal(size=(30, 40)).astype(np.float32)
+    scaled = down * inner_factors(squares(inner), down)
+    carried = np.sqrt((inner**2).sum(0) * (down**2).mean(0))
+    norms = np.sqrt((scaled**2).mean(0))
+    assert np.allclose(norms / norms.mean(), carried**0.25 / (carried**0.25).mean(), rtol=1e-4)
+    other = np.exp(rng.normal(size=40)).astype(np.float32)
+    again = (down * other) * inner_factors(squares(inner / other), down * other)
+    assert np.allclose(again / np.linalg.norm(again), scaled / np.linalg.norm(scaled), rtol=1e-4, atol=1e-7)
+    dead = np.where(np.arange(40) == 7, np.float32(0), inner)
+    assert inner_factors(squares(dead), down)[7] == 1
+
+
+def test_a_scaled_block_does_the_same(tmp_path: Path) -> None:
+    tiny_checkpoint("qwen2_moe", tmp_path)
+    seed = int(np.random.default_rng().integers(1 << 31))
+    print("seed", seed)
+    rng = np.random.default_rng(seed)
+    with open_source(tmp_path) as opened:
+        source = Balanced(opened)
+        stem = next(n for n in opened.names.dense if n.endswith("shared.down")).removesuffix(".down")
+        h = rng.normal(size=(20, opened.shape.hidden)).astype(np.float32)
+        found = []
+        for turn in range(2):
+            gate, up, down = (np.concatenate(list(source.linear_pieces(f"{stem}.{part}", 1))) for part in ("gate", "up", "down"))
+            found.append((down, (h @ gate.T) * (h @ up.T) @ down.T))
+            if not turn:
+                by = np.exp(rng.normal(size=len(up))).astype(np.float32)
+                source.scale_block(stem, by)
+    assert np.allclose(found[1][0], found[0][0] * by, rtol=1e-5)
+    assert np.allclose(found[0][1], found[1][1], rtol=1e-3, atol=1e-4 * np.abs(found[0][1]).max())
 
 
 def divergence(model: Path, expected: torch.Tensor, tokens: np.ndarray, bits: int) -> float:
