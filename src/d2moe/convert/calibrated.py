@@ -23,7 +23,7 @@ from d2moe.planes import tile, tile_affine
 from d2moe.types import TILE_ROWS, ModelShape
 
 TARGETS = {
-    "experts": (Target(2, 8.0), Target(3, 3.0), Target(4, 1.5), Target(5, 0.5), Target(6, 0.4), Target(8, 0.2)),
+    "experts": (Target(2, 8.0), Target(3, 3.0), Target(4, 1.5), Target(5, 0.5), Target(6, 0.4), Target(8, 0.05)),
     "dense": (Target(4, 0.3), Target(5, 1.0), Target(6, 0.5), Target(8, 0.2)),
 }
 """The widths that count. Dense weights are read at two more bits than the experts, at 5 or more; 4 is for who asks for it."""
