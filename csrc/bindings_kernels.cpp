@@ -138,17 +138,24 @@ auto pack(In<uint8_t> tiles) {
 }
 
 // t is changed in place.
-auto feedback(nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu> t, In<float> u, In<float> step, In<float> zero,
-              const std::vector<int>& bits, const std::vector<float>& weights, int threads) {
+template <class T, size_t N> using InOut = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+
+void descend(In<float> w, InOut<float, 3> e, In<float> r, In<float> gram, In<float> step, In<float> zero, InOut<uint8_t, 2> codes,
+             InOut<float, 2> losses, const std::vector<int>& bits, const std::vector<float>& weights, bool fresh, int passes, int threads) {
   expect_threads(threads);
-  const size_t count = t.shape(0), cols = t.shape(1), rows = t.shape(2);
+  const size_t count = e.shape(0), cols = e.shape(1), rows = e.shape(2);
   expect(count == bits.size() && count == weights.size() && count > 0 && count <= kMaxTargets,
-         "t, bits and weights are of " + std::to_string(count) + ", " + std::to_string(bits.size()) + " and " +
+         "e, bits and weights are of " + std::to_string(count) + ", " + std::to_string(bits.size()) + " and " +
              std::to_string(weights.size()) + " targets, expected as many of each, 1 to 7");
-  expect(cols > 0 && rows % kTileRows == 0, "t has shape " + text(shape_of(t)) + ", expected [targets, cols, rows], rows a multiple of 16");
-  expect_shape(u, {cols, cols}, "u");
+  expect(cols > 0 && rows % kTileRows == 0, "e has shape " + text(shape_of(e)) + ", expected [targets, cols, rows], rows a multiple of 16");
+  expect(passes >= 1, "passes is " + std::to_string(passes) + ", expected at least 1");
+  expect_shape(r, {count, cols, rows}, "r");
+  expect_shape(gram, {cols, cols}, "gram");
+  expect_shape(losses, {count, rows}, "losses");
+  expect_shape(w, {cols, rows}, "w");
   expect_shape(step, {cols, rows}, "step");
   expect_shape(zero, {cols, rows}, "zero");
+  expect_shape(codes, {cols, rows}, "codes");
   Targets targets{int(count), {}, {}};
   for (size_t k = 0; k < count; ++k) {
     expect(bits[k] >= (k ? bits[k - 1] + 1 : kBaseBits) && bits[k] <= kMaxBits, "bits are not ascending from 2 to 8");
@@ -156,16 +163,11 @@ auto feedback(nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu> t, 
     targets.weight[k] = weights[k];
   }
   expect(bits.back() == kMaxBits, "the last of bits is " + std::to_string(bits.back()) + ", expected 8");
-  auto codes = fresh<uint8_t>({cols, rows});
-  float* in = t.data();
-  uint8_t* out = codes.data();
-  {
-    nb::gil_scoped_release free;
-    split(int64_t(rows / kTileRows), threads, [&](int64_t a, int64_t b) {
-      feedback_rows(targets, in, u.data(), step.data(), zero.data(), int64_t(cols), int64_t(rows), a * kTileRows, b * kTileRows, out);
-    });
-  }
-  return codes;
+  nb::gil_scoped_release free;
+  split(int64_t(rows / kTileRows), threads, [&](int64_t a, int64_t b) {
+    descend_rows(targets, w.data(), e.data(), r.data(), gram.data(), step.data(), zero.data(), int64_t(cols), int64_t(rows),
+                 a * kTileRows, b * kTileRows, fresh, passes, codes.data(), losses.data());
+  });
 }
 
 auto quantize_activations(const std::string& table, In<float> x, int group) {
@@ -365,8 +367,9 @@ void bind_kernels(nb::module_& m) {
   m.def("tables", &tables, "Names of the kernel tables that this build has and this CPU can run.");
   m.def("encode", &encode, "w"_a, "group"_a, "threads"_a = 1,
         "Codes uint8 [tiles, groups, group/4, 64], affine uint8 [tiles, groups, 2, 16] and row scale float32 [tiles, 16] of w float32 [rows, cols].");
-  m.def("feedback", &feedback, "t"_a.noconvert(), "u"_a, "step"_a, "zero"_a, "bits"_a, "weights"_a, "threads"_a = 1,
-        "Codes of some columns, and in place of t their errors; see d2moe.convert.feedback.");
+  m.def("descend", &descend, "w"_a, "e"_a.noconvert(), "r"_a, "gram"_a, "step"_a, "zero"_a, "codes"_a.noconvert(),
+        "losses"_a.noconvert(), "bits"_a, "weights"_a, "fresh"_a, "passes"_a, "threads"_a = 1,
+        "Codes of some columns, in place, and what they change in errors and losses; see d2moe.convert.feedback.");
   m.def("pack", &pack, "tiles"_a, "Base plane and the six one-bit planes of register-ordered codes.");
   m.def("quantize_activations", &quantize_activations, "table"_a, "x"_a, "group"_a,
         "int8 [m, padded cols], scale float32 and sum int32 [m, groups] of x float32 [m, cols].");

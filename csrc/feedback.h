@@ -1,5 +1,4 @@
-// Rounding with error feedback (GPTQ, arXiv 2210.17323) for several widths of one nested code: compiled form of
-// convert/feedback.round_columns.
+// Rounding with error feedback for several widths of one nested code: compiled form of convert/feedback.descend.
 #pragma once
 #include "layout.h"
 
@@ -14,10 +13,10 @@ struct Targets {
   float weight[kMaxTargets];
 };
 
-// Rows [row0, row1), whole tiles, of `cols` columns. t f32 [targets, cols, rows]: the weights each width still has to make up
-// for, on return each width's error divided by u's diagonal. u f32 [cols, cols]: upper triangle of the factor of the inverse
-// Hessian. step, zero f32 [cols, rows]; codes u8 [cols, rows].
-void feedback_rows(const Targets& targets, float* t, const float* u, const float* step, const float* zero, int64_t cols,
-                   int64_t rows, int64_t row0, int64_t row1, uint8_t* codes);
+// Chooses the codes of `cols` columns in turn, `passes` times, rows [row0, row1), whole tiles. w, step, zero f32 [cols, rows]; e f32 [targets, cols, rows]:
+// what each width is short of w; r f32, same shape: e of all columns times the Hessian; gram f32 [cols, cols]: the Hessian between these
+// columns. codes u8 [cols, rows], e and losses f32 [targets, rows] are brought up to date. `fresh`: there are no codes yet.
+void descend_rows(const Targets& targets, const float* w, float* e, const float* r, const float* gram, const float* step, const float* zero,
+                  int64_t cols, int64_t rows, int64_t row0, int64_t row1, bool fresh, int passes, uint8_t* codes, float* losses);
 
 } // namespace d2moe

@@ -16,6 +16,7 @@ from d2moe.container import Container
 from d2moe.container.inspect import measured_losses
 from d2moe.convert.activations import Activations, Routed, squares
 from d2moe.convert.balance import Balanced
+from d2moe.convert.calibrated import inner_factors
 from d2moe.convert.calibration import Calibration
 from d2moe.convert.float_model import last_states
 from d2moe.convert.pipeline import convert
@@ -95,6 +96,44 @@ def test_an_expert_that_sees_many_tokens_sees_them_in_pieces(tmp_path: Path, mon
         assert np.allclose(whole, pieces, rtol=1e-4, atol=1e-5 * np.abs(whole).max())
 
 
+def test_channels_are_scaled_by_what_they_carry() -> None:
+    """A channel's share of the outputs sets the size of its column; how it fell in the source does not matter."""
+    seed = int(np.random.default_rng().integers(1 << 31))
+    print("seed", seed)
+    rng = np.random.default_rng(seed)
+    inner = rng.normal(size=(500, 40)).astype(np.float32) * np.exp(rng.normal(size=40)).astype(np.float32)
+    down = rng.normal(size=(30, 40)).astype(np.float32)
+    scaled = down * inner_factors(squares(inner), down)
+    carried = np.sqrt((inner**2).sum(0) * (down**2).mean(0))
+    norms = np.sqrt((scaled**2).mean(0))
+    assert np.allclose(norms / norms.mean(), carried**0.25 / (carried**0.25).mean(), rtol=1e-4)
+    other = np.exp(rng.normal(size=40)).astype(np.float32)
+    again = (down * other) * inner_factors(squares(inner / other), down * other)
+    assert np.allclose(again / np.linalg.norm(again), scaled / np.linalg.norm(scaled), rtol=1e-4, atol=1e-7)
+    dead = np.where(np.arange(40) == 7, np.float32(0), inner)
+    assert inner_factors(squares(dead), down)[7] == 1
+
+
+def test_a_scaled_block_does_the_same(tmp_path: Path) -> None:
+    tiny_checkpoint("qwen2_moe", tmp_path)
+    seed = int(np.random.default_rng().integers(1 << 31))
+    print("seed", seed)
+    rng = np.random.default_rng(seed)
+    with open_source(tmp_path) as opened:
+        source = Balanced(opened)
+        stem = next(n for n in opened.names.dense if n.endswith("shared.down")).removesuffix(".down")
+        h = rng.normal(size=(20, opened.shape.hidden)).astype(np.float32)
+        found = []
+        for turn in range(2):
+            gate, up, down = (np.concatenate(list(source.linear_pieces(f"{stem}.{part}", 1))) for part in ("gate", "up", "down"))
+            found.append((down, (h @ gate.T) * (h @ up.T) @ down.T))
+            if not turn:
+                by = np.exp(rng.normal(size=len(up))).astype(np.float32)
+                source.scale_block(stem, by)
+    assert np.allclose(found[1][0], found[0][0] * by, rtol=1e-5)
+    assert np.allclose(found[0][1], found[1][1], rtol=1e-3, atol=1e-4 * np.abs(found[0][1]).max())
+
+
 def divergence(model: Path, expected: torch.Tensor, tokens: np.ndarray, bits: int) -> float:
     """Mean KL divergence of an engine's next tokens from float log-probabilities."""
     engine = Engine.load(model, EngineConfig(bits=bits, dense_bits=8, memory_bytes=10**9))
@@ -110,14 +149,14 @@ def test_less_is_lost_than_by_rounding_to_the_nearest(tmp_path: Path, text: Path
     src = tmp_path / "src"
     tiny_checkpoint("qwen3_moe", src)
     convert(src, tmp_path / "range")
-    convert(src, tmp_path / "gptq", calibration=Calibration((text,), 4096))
-    assert Container.open(tmp_path / "gptq").manifest.quantizer["name"] == "gptq"
+    convert(src, tmp_path / "descent", calibration=Calibration((text,), 4096))
+    assert Container.open(tmp_path / "descent").manifest.quantizer["name"] == "descent"
     tokens = np.random.default_rng().integers(32, 127, 250).astype(np.int32)
     reference = AutoModelForCausalLM.from_pretrained(src, dtype=torch.float32)
     with torch.no_grad():
         expected = torch.log_softmax(reference(torch.from_numpy(tokens).long()[None]).logits[0].double(), -1)
     for bits in (2, 3):
-        lost = [divergence(tmp_path / name, expected, tokens, bits) for name in ("gptq", "range")]
+        lost = [divergence(tmp_path / name, expected, tokens, bits) for name in ("descent", "range")]
         print(bits, lost)
         assert lost[0] < lost[1]
 
@@ -146,11 +185,11 @@ def test_losses_are_kept(tmp_path: Path, text: Path, capsys: pytest.CaptureFixtu
     container = Container.open(convert(src, tmp_path / "dst", calibration=Calibration((text,), 1024)))
     for layer in container.moe_layers:
         losses = container.read_dense(f"optional.losses.{layer}")
-        assert losses.shape == (container.experts, 3, 5)
+        assert losses.shape == (container.experts, 3, 6)
         assert (losses > 0).all() and (np.diff(losses, axis=-1) < 0).mean() > 0.9
         assert container.read_dense(f"optional.tokens.{layer}").sum() == 1024 * 2
     measured = measured_losses(container)
-    assert measured is not None and measured[0] == (2, 3, 4, 6, 8)
+    assert measured is not None and measured[0] == (2, 3, 4, 5, 6, 8)
     tokens, losses = (container.read_dense(f"optional.{name}.0") for name in ("tokens", "losses"))
     assert np.allclose(measured[1][0], (losses * tokens[:, None, None]).sum(0) / tokens.sum())
     assert cli.main(["inspect", str(container.path), "--losses"]) == 0

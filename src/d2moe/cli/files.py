@@ -62,11 +62,17 @@ REPORT_TOKENS = click.option(
     "given several times; a few hundred KB of what the model will read are enough.",
 )
 @click.option(
+    "--self-calibration",
+    is_flag=True,
+    help="Without a text: the model writes what it is calibrated with. Keeps most of the gain, and takes room for a second "
+    "model in DST.samples until it has.",
+)
+@click.option(
     "--calibration-tokens",
     type=click.IntRange(min=1),
     default=32768,
     show_default=True,
-    help="Tokens to take of the calibration text, spread over it.",
+    help="Tokens to take of the calibration text, spread over it, or to have the model write.",
 )
 @click.option(
     "--report",
@@ -90,6 +96,7 @@ def convert(
     group: str,
     balance: bool,
     calibration: tuple[str, ...],
+    self_calibration: bool,
     calibration_tokens: int,
     report: str | None,
     report_text: str | None,
@@ -103,7 +110,8 @@ def convert(
     model to make. It is read tensor by tensor. Interrupted, it leaves DST.partial, and the same command goes on there.
 
     With --calibration the model reads that text, layer by layer in float32 (memory: one layer and 4 bytes x hidden size
-    x tokens, twice), and every weight is rounded for the inputs that it meets there.
+    x tokens, twice), and every weight is rounded for the inputs that it meets there. With --self-calibration the checkpoint is first
+    rounded to the nearest, and the engine has it write the text at 8 bits.
 
     --report measures perplexity, of SRC in float32 too, on --report-text, or else on that part of the calibration text which
     calibration did not read.
@@ -115,6 +123,7 @@ def convert(
       d2moe convert ~/models/OLMoE-1B-7B-0924 olmoe.d2moe
       d2moe convert ~/models/OLMoE-1B-7B-0924 olmoe.d2moe --calibration wiki.txt --calibration code.txt
       d2moe convert ~/models/OLMoE-1B-7B-0924 olmoe.d2moe --calibration wiki.txt --report olmoe.html
+      d2moe convert ~/models/OLMoE-1B-7B-0924 olmoe.d2moe --self-calibration
       d2moe convert Qwen3-30B-A3B qwen3.d2moe --group 128 --threads 8
       d2moe convert Qwen3-30B-A3B-Q8_0.gguf qwen3.d2moe
       d2moe convert Llama-3.2-1B llama.d2moe           a dense model: its feed-forward blocks are the experts
@@ -122,9 +131,15 @@ def convert(
     from d2moe.cli.progress import Bar
     from d2moe.convert.calibration import Calibration
     from d2moe.convert.pipeline import convert as run
+    from d2moe.convert.samples import OwnSamples
+    from d2moe.errors import ConfigError
 
     plan = _report_plan(report, report_text)
-    text = Calibration(tuple(map(Path, calibration)), calibration_tokens) if calibration else None
+    if calibration and self_calibration:
+        raise ConfigError("--calibration gives a text and --self-calibration has the model write one; choose one of them")
+    text: Calibration | OwnSamples | None = Calibration(tuple(map(Path, calibration)), calibration_tokens) if calibration else None
+    if self_calibration:
+        text = OwnSamples(calibration_tokens)
 
     with Bar("converting") as bar:
         made = run(
@@ -139,7 +154,8 @@ def convert(
         )
     click.echo(str(made))
     if plan is not None:
-        _report(made, plan, src, text, report_text, report_tokens, threads, ignore_config_keys)
+        read = text if isinstance(text, Calibration) else None  # of its own samples the model has left none
+        _report(made, plan, src, read, report_text, report_tokens, threads, ignore_config_keys)
 
 
 def _report_plan(report: str | None, report_text: str | None) -> Path | None:

@@ -36,6 +36,13 @@ class Bar:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
 
+    def begin(self, done: int, total: int) -> None:
+        """Begin anew, with `done` of `total` from before: what comes has a pace of its own."""
+        self._begun, self._from = time.monotonic(), done
+        if self._rich is not None:
+            self._rich.reset(self._task, total=total, completed=done)
+        self(done, total)
+
     def __call__(self, done: int, total: int, detail: str = "") -> None:
         if self._from is None:
             self._from = done  # what an earlier run did says nothing about this one's speed

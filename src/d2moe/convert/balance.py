@@ -95,7 +95,7 @@ class Balanced:
         norm = self._norm(f"layers.{layer}.mlp_norm")
         yield "gate", parts.pop("gate") * norm
         up, down = parts.pop("up") * norm, parts.pop("down")
-        inner = factors(row_norms(up), _columns([down]))
+        inner = factors(row_norms(up), columns([down]))
         yield "up", up / inner[:, None]
         yield "down", down * inner
 
@@ -126,8 +126,8 @@ class Balanced:
         if name not in self._found:
             weights = np.abs(self._source.read_dense(name).astype(np.float64))
             tied = name == "final_norm" and self.shape.tied_embeddings
-            columns = np.zeros(len(weights)) if tied else _columns(self._consumers(name))
-            self._found[name] = factors(weights, columns)
+            met = np.zeros(len(weights)) if tied else columns(self._consumers(name))
+            self._found[name] = factors(weights, met)
         return self._found[name]
 
     def _consumers(self, norm: str) -> Iterator[F32]:
@@ -152,9 +152,13 @@ class Balanced:
         if stem not in self._found:
             norm = self._norm(f"{stem.rpartition('.')[0]}.mlp_norm")
             up = [row_norms(piece * norm) for piece in self._source.linear_pieces(f"{stem}.up", 1)]
-            down = _columns(self._source.linear_pieces(f"{stem}.down", 1))
+            down = columns(self._source.linear_pieces(f"{stem}.down", 1))
             self._found[stem] = factors(np.concatenate(up), down)
         return self._found[stem]
+
+    def scale_block(self, stem: str, by: F32) -> None:
+        """From now on multiply the columns of a dense block's down by `by` float32 [inner], too, and divide the rows of its up."""
+        self._found[stem] = self._block(stem) * by
 
     def _v(self, stem: str) -> F32:
         """Factors [kv_heads * head_dim] of the columns of o, that of a key-value head for all the heads that share it."""
@@ -164,7 +168,7 @@ class Balanced:
                 return np.ones(s.kv_heads * s.head_dim, np.float32)
             norm = self._norm(f"{stem.rpartition('.')[0]}.attn_norm")
             v = np.concatenate([row_norms(piece * norm) for piece in self._source.linear_pieces(f"{stem}.v", 1)])
-            o = _columns(self._source.linear_pieces(f"{stem}.o", 1)).reshape(s.kv_heads, -1, s.head_dim)
+            o = columns(self._source.linear_pieces(f"{stem}.o", 1)).reshape(s.kv_heads, -1, s.head_dim)
             self._found[stem] = factors(v, np.sqrt((o**2).mean(axis=1)).reshape(-1))
         return self._found[stem]
 
@@ -184,7 +188,7 @@ class Balanced:
         self.close()
 
 
-def _columns(matrices: Iterator[F32] | list[F32]) -> F64:
+def columns(matrices: Iterator[F32] | list[F32]) -> F64:
     """Root mean squares of the columns over all rows, float64 [cols]."""
     squares, rows = np.zeros(1), 0
     for w in matrices:

@@ -1,7 +1,8 @@
 """Conversion with error feedback: layer by layer, with what the unquantised model makes of the calibration text.
 
 One layer's weights are in memory, and the residual stream of all windows. Each matrix is rounded for the inputs it meets
-there (convert/activations.py, convert/feedback.py); the stream itself goes on in float, since it has no one width.
+there (convert/activations.py, convert/feedback.py), and channels between up and down are scaled by what they carry
+(convert/balance.py); the stream itself goes on in float, since it has no one width.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 from d2moe.container import ContainerWriter, NestedMatrix
 from d2moe.container.layout import PROJECTIONS, Tensors
 from d2moe.convert.activations import Routed
+from d2moe.convert.balance import Balanced, columns, factors
 from d2moe.convert.calibration import I32, Stream
 from d2moe.convert.feedback import F32, F64, Feedback, Rounded, Target
 from d2moe.convert.job import Job, Progress, packed
@@ -21,8 +23,8 @@ from d2moe.planes import tile, tile_affine
 from d2moe.types import TILE_ROWS, ModelShape
 
 TARGETS = {
-    "experts": (Target(2, 8.0), Target(3, 3.0), Target(4, 1.5), Target(6, 0.4), Target(8, 0.05)),
-    "dense": (Target(4, 1.0), Target(5, 1.0), Target(6, 0.5), Target(8, 0.2)),
+    "experts": (Target(2, 8.0), Target(3, 3.0), Target(4, 1.5), Target(5, 0.5), Target(6, 0.4), Target(8, 0.05)),
+    "dense": (Target(4, 0.3), Target(5, 1.0), Target(6, 0.5), Target(8, 0.2)),
 }
 """The widths that count. Dense weights are read at two more bits than the experts, at 5 or more; 4 is for who asks for it."""
 TIED = 0.1
@@ -52,6 +54,7 @@ class CalibratedJob(Job):
     ):
         super().__init__(checkpoint, writer, group, threads, progress)
         self._windows = windows
+        self._balanced = checkpoint if isinstance(checkpoint, Balanced) else None
 
     def run(self) -> None:
         """Everything that is not there yet."""
@@ -94,6 +97,10 @@ class CalibratedJob(Job):
             if f"{name}.{block}.gate" in self.checkpoint.names.dense:
                 mix = self.checkpoint.read_dense(f"{name}.shared.mix") if block == "shared" else None
                 into, inner = activations.block(f"{name}.{block}", h, mix)
+                if self._balanced:
+                    by = inner_factors(inner, np.concatenate(list(self.checkpoint.linear_pieces(f"{name}.{block}.down", 1))))
+                    self._balanced.scale_block(f"{name}.{block}", by)
+                    inner = inner / np.outer(by, by)
                 for part, hessian in (("gate", into), ("up", into), ("down", inner)):
                     self._corrected(f"{name}.{block}.{part}", hessian)
         if routed is not None:
@@ -131,6 +138,10 @@ class CalibratedJob(Job):
             self.writer.add_dense(losses, found)
 
     def _expert_of(self, into: F32, inner: F32, parts: dict[str, F32]) -> tuple[dict[str, NestedMatrix], F64]:
+        if self._balanced:
+            by = inner_factors(inner, parts["down"])
+            inner = inner / np.outer(by, by)
+            parts = {"gate": parts["gate"], "up": parts["up"] / by[:, None], "down": parts["down"] * by}
         first, second = self._feedback(into, "experts"), self._feedback(inner, "experts")
         matrices, losses = {}, []
         for name in PROJECTIONS:
@@ -140,6 +151,12 @@ class CalibratedJob(Job):
             energy = np.vdot(parts[name] @ hessian, parts[name])
             losses.append(rounded.losses / max(float(energy), 1e-30))
         return matrices, np.array(losses)
+
+
+def inner_factors(inner: F32, down: F32) -> F32:
+    """What to multiply down's columns with, and to divide up's rows by, float32 [inner]: as `balance.factors`, with the channels' measured
+    sizes in place of up's norms. `inner` float32 [inner, inner] is the Hessian of what down meets."""
+    return factors(np.sqrt(np.diagonal(inner).astype(np.float64)), columns([down]))
 
 
 def nested(rounded: Rounded) -> NestedMatrix:

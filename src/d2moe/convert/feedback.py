@@ -1,18 +1,19 @@
 """Rounding with error feedback, for all widths of the nested code at once.
 
-Columns are rounded one after the other, and the error of each is made up for by those that are still to come, as far as
-the inputs are correlated: GPTQ (arXiv 2210.17323), with the columns of the largest inputs first. Our deviation: several
-widths count. Each of them (`Target`) has weights and an error of its own, and of all 256 codes that one is taken whose
-squared errors, each in cells of its width and times the target's share, are least together. Where 8 bits count as much as 2
-the first bits follow from all eight and there is nothing to choose; where they count little the code need not be the
-nearest at 8 bits, whose errors are small anyway, and the low widths can choose. What it brings is in docs/log.md.
+The outputs' squared error is that of the weights in the metric of the inputs' Hessian, so an error of one column can be made up for
+by others, as far as their inputs are correlated. Column after column, those of the largest inputs first, gets the code that is best as
+all others stand; the first sweep begins with nothing rounded, later ones go over the codes again (coordinate descent). Our deviation from
+its kin (GPTQ, arXiv 2210.17323, which it beats; QuantEase, 2309.01885): several widths count. Each of them (`Target`) has an error of its
+own, and of all 256 codes that one is taken whose squared errors, each in cells of its width and times the target's share, are least
+together. Where 8 bits count as much as 2 the first bits follow from all eight and there is nothing to choose; where they count little the
+code need not be the nearest at 8 bits, whose errors are small anyway, and the low widths can choose. Figures are in docs/log.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import ceil
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +27,15 @@ F64 = npt.NDArray[np.float64]
 U8 = npt.NDArray[np.uint8]
 
 DAMPING = 0.05
-"""Share of the mean diagonal that is added to a Hessian's diagonal; ten times more while it cannot be factored."""
-BLOCK = 128
-"""Columns between two updates of all later ones."""
+"""Share of the mean diagonal that is added to a Hessian's diagonal: what calibration did not show may come, too."""
+BLOCK = 64
+"""Columns between two products with the whole Hessian."""
+SWEEPS = (1.0, 0.5)
+"""Shares of the columns that are gone through, one turn after the other. Those that come first know least of the others' errors."""
+PASSES = 2
+"""Turns through a block's columns each time it comes, which cost no product."""
+PANEL = 256
+"""Rows at a time, so that their errors stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -80,50 +87,48 @@ def choose(wanted: F32, targets: Sequence[Target]) -> tuple[U8, F32]:
     return (first << 4 | last).astype(np.uint8), values
 
 
-def round_columns(t: F32, u: F32, step: F32, zero: F32, targets: Sequence[Target]) -> U8:
-    """Codes uint8 [cols, rows] of t float32 [targets, cols, rows], the weights that each target still has to make up for.
+def descend(
+    w: F32,
+    e: F32,
+    r: F32,
+    gram: F32,
+    step: F32,
+    zero: F32,
+    codes: U8,
+    losses: F32,
+    targets: Sequence[Target],
+    fresh: bool,
+    passes: int,
+) -> None:
+    """Choose the codes of some columns in turn, `passes` times, each with all others as they are then. Defines `native.descend`.
 
-    Afterwards t holds each target's errors, divided by the diagonal of u float32 [cols, cols], the upper factor of the
-    inverse Hessian; step and zero float32 [cols, rows]. The definition of `native.feedback`.
+    w, step, zero float32 [cols, rows]; e float32 [targets, cols, rows]: what each target is short of w; r, same shape: e of all
+    columns times the Hessian; gram float32 [cols, cols]: the Hessian between these columns. codes uint8 [cols, rows], e and losses
+    float32 [targets, rows], Σ e H eᵀ, are brought up to date. `fresh`: there are no codes yet, and e is zero.
     """
-    codes = np.zeros(t.shape[1:], np.uint8)
-    for j in range(t.shape[1]):
-        s, live = step[j], step[j] > 0
+    weights = np.array(shares(targets), np.float32)
+    r, gained = r.copy(), np.zeros_like(losses)
+    for turn, j in np.ndindex(passes, len(w)):
+        s, z, live = step[j], zero[j], step[j] > 0
         with np.errstate(divide="ignore"):
             inverse = np.where(live, np.float32(1) / s, np.float32(0))
-        code, values = choose(t[:, j] * inverse + zero[j], targets)
-        codes[j] = np.where(live, code, 0)
-        t[:, j] = (t[:, j] - s * (values - zero[j])) * (np.float32(1) / u[j, j])
-        t[:, j + 1 :] = t[:, j + 1 :] - t[:, j, None] * u[j, j + 1 :, None]
-    return codes
-
-
-def _inverse(lower: F32) -> F32:
-    """Inverse of a lower triangular matrix, by halves: a third of the work of a general one."""
-    n = len(lower)
-    if n <= 128:
-        return np.asarray(np.tril(np.linalg.inv(lower)), np.float32)
-    half, out = n // 2, np.zeros_like(lower)
-    out[:half, :half], out[half:, half:] = _inverse(lower[:half, :half]), _inverse(lower[half:, half:])
-    out[half:, :half] = -(out[half:, half:] @ lower[half:, :half]) @ out[:half, :half]
-    return out
-
-
-def inverse_factor(hessian: F32) -> F32:
-    """Upper triangular U float32 [cols, cols] with UᵀU the inverse of a Hessian, damped until it can be factored."""
-    n = len(hessian)
-    mean = float(np.trace(hessian, dtype=np.float64)) / n
-    if not mean > 0:  # inputs that are always zero: all errors are alike
-        return np.eye(n, dtype=np.float32)
-    damping = DAMPING
-    while True:
-        damped = hessian / np.float32(mean) + np.float32(damping) * np.eye(n, dtype=np.float32)
-        try:
-            # Of the reversed matrix, so that the factor's inverse is upper triangular in the right order.
-            lower = np.linalg.cholesky(damped[::-1, ::-1])
-            return np.ascontiguousarray(_inverse(lower)[::-1, ::-1])
-        except np.linalg.LinAlgError:
-            damping *= 10
+        missing = r[:, j] * (np.float32(1) / gram[j, j])
+        wanted = ((w[j] - e[:, j]) + missing) * inverse + z
+        code, values = choose(wanted, targets)
+        held, cost = np.zeros_like(s), np.zeros_like(s)
+        for k, weight in enumerate(weights):
+            d = missing[k] * inverse
+            held = held + weight * (d * d)
+            d = wanted[k] - values[k]
+            cost = cost + weight * (d * d)
+        better = np.ones_like(live) if fresh and turn == 0 else cost < held
+        codes[j] = np.where(better, np.where(live, code, 0), codes[j])
+        now = np.where(better, w[j] - s * (values - z), e[:, j])
+        moved = e[:, j] - now
+        e[:, j] = now
+        gained = gained + moved * (moved * gram[j, j] - np.float32(2) * r[:, j])
+        r -= moved[:, None] * gram[j, :, None]
+    losses += gained
 
 
 @dataclass(frozen=True)
@@ -159,8 +164,13 @@ class Feedback:
         self._group, self._targets, self._threads = group, tuple(targets), threads
         diagonal = np.diagonal(hessian)
         self._order = np.argsort(-diagonal, kind="stable")
-        self._factor = inverse_factor(hessian[np.ix_(self._order, self._order)])
-        self._scale = max(float(diagonal.mean(dtype=np.float64)), 0.0)
+        mean = max(float(diagonal.mean(dtype=np.float64)), 0.0)
+        self._scale = mean
+        if mean > 0:
+            self._hessian = hessian[np.ix_(self._order, self._order)] / np.float32(mean)
+            self._hessian[np.diag_indices(len(hessian))] += np.float32(DAMPING)
+        else:  # inputs that are always zero: all errors are alike
+            self._hessian = np.eye(len(hessian), dtype=np.float32)
 
     def round(self, w: F32) -> Rounded:
         """Round w float32 [rows, cols]."""
@@ -174,29 +184,42 @@ class Feedback:
         group_of = order // self._group
         step = (row_scale[:, None] * affine[..., 0].astype(np.float32)).T[group_of]
         zero = affine[..., 1].astype(np.float32).T[group_of]
-        t = np.repeat(in_order[None], len(self._targets), axis=0)
-        codes = np.zeros((cols, rows_p), np.uint8)
-        losses = np.zeros(len(self._targets))
-        settings = self._settings()
-        for at in range(0, cols, BLOCK):
-            end = min(at + BLOCK, cols)
-            block = np.ascontiguousarray(t[:, at:end])
-            u = np.ascontiguousarray(self._factor[at:end, at:end])
-            codes[at:end] = native.feedback(block, u, step[at:end], zero[at:end], **settings)
-            losses += np.square(block[:, :, :rows], dtype=np.float64).sum((1, 2))
-            if end < cols:
-                later = self._factor[at:end, end:].T
-                for k in range(len(t)):
-                    t[k, end:] -= later @ block[k]
-        out = np.zeros((rows_p, cols_p), np.uint8)
-        out[:, order] = codes.T
+        out, losses = np.zeros((rows_p, cols_p), np.uint8), np.zeros(len(self._targets))
+        for row in range(0, rows_p, PANEL):
+            panel = slice(row, row + PANEL)
+            codes, lost = self._panel(*(np.ascontiguousarray(a[:, panel]) for a in (in_order, step, zero)))
+            out[panel, order] = codes.T
+            losses += lost
         return Rounded(out, affine, row_scale, losses * self._scale)
 
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "bits": [t.bits for t in self._targets],
-            "weights": shares(self._targets),
-            "threads": self._threads,
-        }
-
-
+    def _panel(self, w: F32, step: F32, zero: F32) -> tuple[U8, F64]:
+        """Codes uint8 [cols, rows] and losses float64 [targets] of w, step and zero float32 [cols, rows], in the order of columns."""
+        cols, rows = w.shape
+        bits, weights = [t.bits for t in self._targets], shares(self._targets)
+        e, codes = np.zeros((len(bits), cols, rows), np.float32), np.zeros((cols, rows), np.uint8)
+        losses = np.zeros((len(bits), rows), np.float32)
+        for sweep, share in enumerate(SWEEPS):
+            stop = ceil(share * cols)
+            for at in range(0, stop, BLOCK):
+                here = slice(at, min(at + BLOCK, stop))
+                known = at if sweep == 0 else cols  # columns that have an error
+                across = self._hessian[here, :known]
+                r = np.stack([across @ errors[:known] for errors in e])
+                gram, own = np.ascontiguousarray(self._hessian[here, here]), np.ascontiguousarray(e[:, here])
+                native.descend(
+                    w[here],
+                    own,
+                    r,
+                    gram,
+                    step[here],
+                    zero[here],
+                    codes[here],
+                    losses,
+                    bits,
+                    weights,
+                    fresh=sweep == 0,
+                    passes=PASSES,
+                    threads=self._threads,
+                )
+                e[:, here] = own
+        return codes, losses.sum(1, dtype=np.float64)

@@ -23,6 +23,7 @@ from d2moe.convert.calibration import Calibration
 from d2moe.convert.calibration import facts as calibration_facts
 from d2moe.convert.huggingface import dense_tensors
 from d2moe.convert.job import Job, Progress, Silent
+from d2moe.convert.samples import OwnSamples, Samples
 from d2moe.convert.source import ModelSource, open_source
 from d2moe.errors import CheckpointError, ConfigError
 
@@ -33,7 +34,7 @@ def convert(
     *,
     group: int = 64,
     balance: bool = True,
-    calibration: Calibration | None = None,
+    calibration: Calibration | OwnSamples | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
     ignore_config_keys: Collection[str] = (),
@@ -42,7 +43,8 @@ def convert(
 
     `group` weights along the input share a scale; `balance` moves factors between weights that follow each other, which
     changes no output and helps the lower widths (convert/balance.py); `calibration` is text by which weights are rounded with
-    error feedback (convert/calibrated.py) instead of to the nearest; `threads` None means all CPUs this process may use.
+    error feedback (convert/calibrated.py) instead of to the nearest, or has the model write it (convert/samples.py, which keeps
+    `dst`.samples meanwhile); `threads` None means all CPUs this process may use.
     `dst`.partial holds an unfinished conversion; the same call resumes it. Interrupted, it raises KeyboardInterrupt with a
     message that says so. Raises ConfigError (the config, or an argument), CheckpointError (the weights or the tokenizer; then
     nothing is left behind), ContainerError (`dst` exists, or the .partial is of another conversion) and StorageError.
@@ -54,12 +56,19 @@ def convert(
     threads = threads or len(os.sched_getaffinity(0))
     with open_source(src, ignore_config_keys) as checkpoint:
         quantizer: dict[str, Any] = {"name": "range", "group": group, "balance": SHARE if balance else None}
-        windows = None
-        if calibration is not None:
-            windows = calibration.windows(checkpoint)
-            quantizer |= {"name": "gptq", "calibration": calibration_facts(windows), **calibrated.facts()}
-        writer = _writer(checkpoint, Path(dst), quantizer, ignore_config_keys)
         progress = progress or Silent()
+        windows, samples = None, None
+        if isinstance(calibration, OwnSamples):
+            samples = Samples(Path(dst), {"source": checkpoint.facts(), "group": group, "balance": balance})
+            same: dict[str, Any] = {"group": group, "balance": balance, "ignore_config_keys": ignore_config_keys}
+            plainly = partial(convert, src, threads=threads, progress=progress, **same)
+            windows = samples.windows(calibration, plainly, threads, progress)
+        elif calibration is not None:
+            windows = calibration.windows(checkpoint)
+        if windows is not None:
+            facts = {**calibration_facts(windows), "text": "given" if samples is None else "the model's own"}
+            quantizer |= {"name": "descent", "calibration": facts, **calibrated.facts()}
+        writer = _writer(checkpoint, Path(dst), quantizer, ignore_config_keys)
         source = Balanced(checkpoint, partial(progress.advance, 0)) if balance else checkpoint
         job = Job(source, writer, group, threads, progress)
         if windows is not None:
@@ -67,7 +76,10 @@ def convert(
         try:
             with writer:
                 job.run()
-                return writer.finish()
+                made = writer.finish()
+            if samples is not None:
+                samples.remove()
+            return made
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"{writer.partial}: stopped after {job.done:,} of {job.total:,} weights; the same command resumes"
