@@ -37,17 +37,17 @@ def model(tmp_path_factory):
 
 
 def made(family, folder):
-    """(container, texts of 300 symbols); sharp routers, so that near ties are rare."""
+    """(container, texts of 300 symbols by name); sharp routers, so that near ties are rare."""
     seed = int(np.random.default_rng().integers(1 << 31))
     print(f"{family}: seed {seed}")
     tiny_checkpoint(family, folder / "hf", seed=seed, decisive=True)
     rng = np.random.default_rng(seed)
-    return convert(folder / "hf", folder / "model.d2moe"), [rng.integers(0, 300, 1500).tolist() for _ in range(2)]
+    return convert(folder / "hf", folder / "model.d2moe"), {name: rng.integers(0, 300, 1500).tolist() for name in ("one.txt", "two.txt")}
 
 
 def test_the_torch_decoder_is_the_engine(each_family):
     path, texts = each_family
-    decoder, tokens = TorchDecoder(Container.open(path)), np.array(texts[0][:40], np.int32)
+    decoder, tokens = TorchDecoder(Container.open(path)), np.array(texts["one.txt"][:40], np.int32)
     for bits in (2, 5, 8):
         with Engine.load(path, EngineConfig(kernels="reference-float", dense_bits=8, context=64)) as engine:
             logits = engine.step([Chunk(engine.new_sequence(), tokens, bits, "all")])
@@ -76,8 +76,7 @@ def test_training_writes_a_router_whose_dial_holds(model):
 def test_measured_values_are_differences_of_outputs(model):
     path, texts = model
     decoder = TorchDecoder(Container.open(path))
-    windows, held = windows_of(texts, 2560)
-    assert len(windows) + len(held) == 10 and not {tuple(w.tolist()) for w in windows} & {tuple(w.tolist()) for w in held}
+    windows, held, _ = windows_of(texts, 2560)
     found = measure(decoder, windows, silent)
     used = found.mass > 0
     assert (found.sense > 0).all() and (found.difference[used] > 0).all()
@@ -103,18 +102,18 @@ def chosen(decoder, windows, choice):
 def test_learning_goes_on_where_it_was(model):
     path, texts = model
     decoder = TorchDecoder(Container.open(path))
-    windows, _ = windows_of(texts, 2560)
+    windows, *_ = windows_of(texts, 2560)
     start = measure(decoder, windows, silent).rule()
     dial = calibrate(decoder, start, windows, silent)
     prices = float(dial[-1, 1]), float(dial[0, 1])
     spoiled = bit_router.Rule(start.planes + torch.linspace(-2, 2, 3)[: len(start.planes), None, None], start.powers * 0.5)
     teacher = lambda part: bit_router.full_width(decoder, part)  # noqa: E731
-    whole, half = (Learner(decoder, spoiled, prices, seed=3) for _ in range(2))
+    whole, half = (Learner(decoder, spoiled, prices, 4, seed=3) for _ in range(2))
     for _ in range(4):
         whole.step(windows[:4], teacher)
     for _ in range(2):
         half.step(windows[:4], teacher)
-    again = Learner(decoder, start, prices, seed=9)
+    again = Learner(decoder, start, prices, 4, seed=9)
     again.state = half.state
     for _ in range(2):
         again.step(windows[:4], teacher)
@@ -137,5 +136,46 @@ def test_interrupted_training_is_resumed(model, monkeypatch):
     monkeypatch.setattr(route_training, "measure", lambda *a: calls.append(2) or real(*a))
     route_training.train(path, texts, tokens=2560)
     assert calls == [1] and not path.with_name(path.name + ".router.partial").exists()
-    with pytest.raises(RequestError, match="expected at least 4"):
-        route_training.train(path, [[1] * 300], tokens=2560)
+
+
+def test_windows_are_spread_over_each_text_and_kept_apart():
+    rng = np.random.default_rng()
+    texts = {name: rng.integers(0, 300, length).tolist() for name, length in (("long.txt", 40 * 256 + 9), ("short.txt", 3 * 256))}
+    measured, held, learned = (part.tolist() for part in windows_of(texts, 16 * 256, learn=24))
+    assert (len(measured), len(held), len(learned)) == (6 + 3, 2, 12 + 3)
+    assert measured[:6] == [texts["long.txt"][at * 256 : at * 256 + 256] for at in (0, 5, 10, 20, 25, 30)]
+    assert not [w for w in held if w in measured or w in learned]
+    with pytest.raises(RequestError, match=r"tiny\.txt: has 255 tokens, expected at least 256"):
+        windows_of(texts | {"tiny.txt": [1] * 255}, 4096)
+    with pytest.raises(RequestError, match=r"short\.txt 768; expected one of at least 1,024"):
+        windows_of({"short.txt": texts["short.txt"]}, 4096)
+
+
+def test_the_switch_of_a_plane_is_what_the_loss_changes_by(model):
+    """The straight-through gradient of a plane's value is that of a mixture of the widths beside the choice."""
+    path, texts = model
+    decoder = TorchDecoder(Container.open(path))
+    windows, *_ = windows_of(texts, 2560)
+    start = measure(decoder, windows, silent).rule()
+    price = torch.tensor([[[float(start.planes[0, :, 1].median())]]])
+    learner = Learner(decoder, start, (0.0, 0.0), 1)
+    x, taken = decoder.embed(windows[:1]), []
+    y = learner._layer(decoder.moe_layers[0], x, price, taken)
+    chosen_ = [w for w in chosen(decoder, windows[:1], start.at(float(price)))][0]
+    assert torch.equal(taken[0].round().long(), (chosen_ - 2).sum(-1)) and 2 < chosen_.float().mean() < 8
+    direction = torch.randn_like(y)
+    (y * direction).sum().backward()
+    slope = learner._parts["planes"].grad[0]
+    # By hand: each pair moves by gate * (next width - this one) * sigmoid' / temperature, for the two planes beside its width.
+    h, ids, gates = decoder.route(0, decoder._attention(decoder._layer(0), x).reshape(-1, decoder.shape.hidden))
+    flat, expected = direction.reshape(-1, decoder.shape.hidden), torch.zeros_like(slope)
+    values = start.values(0, decoder._attention(decoder._layer(0), x).reshape(-1, decoder.shape.hidden), h, ids, gates)
+    for t in range(len(ids)):
+        for k in range(ids.shape[1]):
+            width, e = int(chosen_[t, k]), int(ids[t, k])
+            for plane in (width - 3, width - 2):
+                if 0 <= plane < 6:
+                    s = torch.sigmoid((values[t, k, plane] - price.squeeze()) / bit_router.TEMPERATURE)
+                    a, b = (bit_router.gated(h[t : t + 1], decoder.expert(0, e, plane + w)) for w in (2, 3))
+                    expected[e, plane] += gates[t, k] * ((b - a) @ flat[t])[0] * s * (1 - s) / bit_router.TEMPERATURE
+    assert torch.allclose(slope, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))

@@ -35,8 +35,8 @@ from d2moe.errors import ConfigError, D2MoeError
     show_default=True,
     help="From measured errors, or from there by gradients; then the better of the two is kept.",
 )
-@click.option("--tokens", type=click.IntRange(min=1024), default=16384, show_default=True, help="Tokens of text, a quarter held back.")
-@click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True, help="Batches of 1,024 tokens for --method learned.")
+@click.option("--tokens", type=click.IntRange(min=1024), default=16384, show_default=True, help="Tokens to measure on, a quarter of them held back.")
+@click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True, help="Batches of 1,024 tokens for --method learned, of further text.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads [default: torch's].")
 def train(
     model: str, texts: tuple[str, ...], reference: str | None, method: str, tokens: int, steps: int, threads: int | None
@@ -61,7 +61,7 @@ def train(
     path = model_path(model)
     Container.open(path)  # says better what is wrong with something that is no container at all
     tokenizer = Tokenizer.load(path)
-    tokenised = [tokenizer.encode(read_text(text)) for text in texts]
+    tokenised = {text: tokenizer.encode(read_text(text)) for text in texts}
     with contextlib.ExitStack() as bars:
 
         def stage(name: str) -> Any:

@@ -12,14 +12,15 @@ the step of D times S.
 learned: from there by gradients, as in arXiv 2504.15299 (distillation, a price per bit, weights frozen). The loss is the KL
 divergence from the teacher over the price, plus the bits taken; the price is drawn anew for each batch, so one router serves all
 averages and no capacities are needed against collapse. Estimator: straight-through. Forward a plane is taken or not; backward
-its switch is a sigmoid of (log value - log price) / TEMPERATURE, and a pair's output is f_2 + sum of switch_b (f_b - f_(b-1)).
+its switch is a sigmoid of (log value - log price) / TEMPERATURE, and a pair's output at width b is f_b + switch_(b+1) (f_(b+1) - f_b) +
+(switch_b - 1) (f_b - f_(b-1)): only the planes next to the choice can move it, and others need not be computed.
 Deviations from the paper: it has a softmax over widths and one fixed price.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,22 +49,38 @@ DIAL_STEP = 0.05
 TINY = 1e-30
 
 Progress = Callable[[int, int], None]
+Texts = Mapping[str, Sequence[int]]
+"""Tokens by the name of the file they are of."""
 PLANES = MAX_BITS - BASE_BITS
 
 
-def windows_of(texts: Sequence[Sequence[int]], tokens: int) -> tuple[Tensor, Tensor]:
-    """(windows to train on, windows held back for the report), int64 [n, WINDOW]: equal parts of each text, `tokens` in all.
+def windows_of(texts: Texts, tokens: int, learn: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """(windows to measure on, windows held back for the report, windows to learn from), int64 [n, WINDOW], equal parts of each text.
 
-    RequestError if there are fewer than four windows.
+    `tokens` are measured on and held back, every fourth window, spread evenly over a text: its beginning may be what the weights were
+    calibrated on, and rounding errors there are not those of other text. `learn` windows, or as many as there are, are not held back.
+    RequestError if a text is shorter than a window, or there are fewer than four windows.
     """
     each = max(1, tokens // WINDOW // len(texts))
-    cut = [torch.tensor(text[: len(text) // WINDOW * WINDOW]).view(-1, WINDOW)[:each] for text in texts if len(text) >= WINDOW]
-    count = sum(map(len, cut))
-    if count < 4:
-        raise RequestError(f"the text makes {count} windows of {WINDOW} tokens, expected at least 4; give more of it")
-    every = torch.cat(cut)
-    held = torch.arange(count) % 4 == 3
-    return every[~held], every[held]
+    measured, held, learned = [], [], []
+    for name, text in texts.items():
+        count = len(text) // WINDOW
+        if not count:
+            raise RequestError(f"{name}: has {len(text)} tokens, expected at least {WINDOW}; give a longer text, or leave this one out")
+        cut = torch.tensor(text[: count * WINDOW]).view(-1, WINDOW)
+        chosen = torch.arange(min(each, count)) * count // min(each, count)
+        measured.append(chosen[torch.arange(len(chosen)) % 4 != 3])
+        held.append(chosen[3::4])
+        rest = torch.ones(count, dtype=torch.bool)
+        rest[held[-1]] = False
+        left = rest.nonzero()[:, 0]
+        wanted = min(len(left), -(-learn // len(texts)))
+        learned.append(cut[left[torch.arange(wanted) * len(left) // max(wanted, 1)]])
+        measured[-1], held[-1] = cut[measured[-1]], cut[held[-1]]
+    if not sum(map(len, held)):
+        found = ", ".join(f"{name} {len(text):,}" for name, text in texts.items())
+        raise RequestError(f"too little text, tokens: {found}; expected one of at least {4 * WINDOW:,}; give a longer one")
+    return torch.cat(measured), torch.cat(held), torch.cat(learned)
 
 
 def batches(windows: Tensor, size: int = BATCH) -> Iterator[Tensor]:
@@ -256,19 +273,20 @@ def full_width(decoder: TorchDecoder, windows: Tensor) -> Tensor:
 class Learner:
     """Gradient training of a rule; `state` can be saved between steps and set again."""
 
-    def __init__(self, decoder: TorchDecoder, start: Rule, prices: tuple[float, float], seed: int = 0):
-        self.decoder, self.prices = decoder, prices
+    def __init__(self, decoder: TorchDecoder, start: Rule, prices: tuple[float, float], steps: int, *, hidden: bool = True, seed: int = 0):
+        self.decoder, self.prices, self.steps = decoder, prices, steps
         layers, experts, _ = start.planes.shape
         self._parts = {
             "planes": start.planes.clone(),
             "powers": start.powers.clone(),
-            "weight": torch.zeros(layers, experts, decoder.shape.hidden),
         }
+        if hidden:
+            self._parts["weight"] = torch.zeros(layers, experts, decoder.shape.hidden)
         for tensor in self._parts.values():
             tensor.requires_grad_(True)
         # A weight meets `hidden` numbers of size one, so its steps are that much smaller.
         rates = {"planes": RATE, "powers": RATE, "weight": RATE / decoder.shape.hidden}
-        self._adam = torch.optim.Adam([{"params": [t], "lr": rates[n]} for n, t in self._parts.items()], betas=(0.9, 0.98))
+        self._adam = torch.optim.Adam([{"params": [t], "rate": rates[n]} for n, t in self._parts.items()], betas=(0.9, 0.98))
         self._random = torch.Generator().manual_seed(seed)
         self.done = 0
 
@@ -295,46 +313,42 @@ class Learner:
         """One batch drawn from `windows`; the loss."""
         part = windows[torch.randint(len(windows), (LEARN_BATCH,), generator=self._random)]
         low, high = self.prices
-        price = low + (high - low) * float(torch.rand(1, generator=self._random))
+        price = low + (high - low) * torch.rand(len(part), 1, generator=self._random).expand(part.shape)  # one for each window
         taken: list[Tensor] = []
         x = self.decoder.embed(part)
         for index in range(self.decoder.shape.layers):
-            x = self._layer(index, x, price, taken)
-        kl = divergence(teacher(part), self.decoder.log_probabilities(x)).mean()
-        bits = torch.cat(taken).sum() / part.numel()  # of a token, beyond the base
-        loss = kl / math.exp(price) + bits
+            x = self._layer(index, x, price.reshape(-1, 1, 1), taken)
+        kl = divergence(teacher(part), self.decoder.log_probabilities(x))
+        bits = torch.stack(taken).sum(0)  # of a token, beyond the base
+        loss = ((kl / price.exp()).flatten() + bits).mean()
         self._adam.zero_grad()
         loss.backward()
-        for tensor in self._parts.values():
-            torch.nn.utils.clip_grad_norm_([tensor], 1.0)
+        for group in self._adam.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+            group["lr"] = group["rate"] * (1 - self.done / self.steps)  # to nothing at the end: what is left is the mean
         self._adam.step()
         self.done += 1
         return float(loss.detach())
 
-    def _layer(self, index: int, x: Tensor, price: float, taken: list[Tensor]) -> Tensor:
+    def _layer(self, index: int, x: Tensor, price: Tensor, taken: list[Tensor]) -> Tensor:
         decoder = self.decoder
         if index not in decoder.moe_layers:
             return decoder.layer(index, x, uniform(MAX_BITS))
         m = decoder.moe_layers.index(index)
-        found: list[tuple[Tensor, ...]] = []
-
-        def none(x: Tensor, h: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
-            found.append((x, h, ids, gates))
-            return torch.zeros_like(ids)
-
-        rest = decoder.layer(index, x, none)  # all but the experts
+        found: list[Routed] = []
+        rest = decoder.layer(index, x, lambda *routed: found.append(routed) or torch.zeros_like(routed[2]))  # all but the experts
         flat, h, ids, gates = found[0]
-        soft = torch.sigmoid((Rule(**self._parts).values(m, flat, h, ids, gates) - price) / TEMPERATURE)
-        switch = (soft > 0.5).float() + soft - soft.detach()
-        taken.append(switch.sum((-1, -2)))
-        out = torch.zeros_like(h)
-        for expert in ids.unique().tolist():
-            token, rank = (ids == expert).nonzero(as_tuple=True)
-            widths = [gated(h[token], decoder.expert(index, expert, bits)) for bits in WIDTHS]
-            y = widths[0]
-            for column in range(PLANES):
-                y = y + switch[token, rank, column, None] * (widths[column + 1] - widths[column])
-            out = out.index_add(0, token, gates[token, rank, None] * y)
+        values = Rule(**self._parts).values(m, flat, h, ids, gates)
+        widths = BASE_BITS + (values >= price).sum(-1)
+        soft = torch.sigmoid((values - price) / TEMPERATURE)
+        moves = torch.nn.functional.pad(soft - soft.detach(), (1, 1))  # nothing but gradients; none below 2 bits or above 8
+        last, further = (moves.gather(-1, widths[..., None] - BASE_BITS + step) for step in (0, 1))
+        y = decoder.each_expert(index, h, ids, widths)
+        with torch.no_grad():
+            less = y - decoder.each_expert(index, h, ids, (widths - 1).clamp(min=BASE_BITS))
+            more = decoder.each_expert(index, h, ids, (widths + 1).clamp(max=MAX_BITS)) - y
+        taken.append((widths + (last + further)[..., 0] - BASE_BITS).sum(-1))
+        out = (gates[..., None] * (y + last * less + further * more)).sum(1)
         return rest + out.view_as(rest)
 
 
