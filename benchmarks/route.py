@@ -7,6 +7,11 @@ method's threshold is set on the text that is scored, so that averages are equal
 reported beside it ("dial_bits"). One JSON line for each point in --out, a table in Markdown at the end. `--read` makes table and
 picture of lines that are there.
 
+    python benchmarks/route.py MODEL --cost
+
+is what the router costs: its bytes, its operations, and the time of a step with a router that always answers 3 bits against plain 3
+bits, in one engine by turns.
+
   uniform    one width (whole averages only)
   router     the width router in MODEL, as "d2moe route train" wrote it
   measured   a router measured here on the calibration text
@@ -23,15 +28,21 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import shutil
+import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from d2moe.container import Container, read_router
+import d2moe
+from d2moe.container import BitRouter, Container, read_router, write_router
 from d2moe.convert.bit_router import (
     Rule,
     batches,
@@ -45,8 +56,11 @@ from d2moe.convert.bit_router import (
     windows_of,
 )
 from d2moe.convert.torch_decoder import Choose, TorchDecoder
+from d2moe.models import shape_from_config
+from d2moe.runtime.request import Chunk
 from d2moe.runtime.tokenizer import Tokenizer
 
+PROMPT = "Once upon a time there was a small lighthouse on a rock in the northern sea. Every evening the keeper climbed to the lamp. "
 METHODS = ("uniform", "router", "measured", "layers", "static", "gate", "mass", "priority", "fewer")
 NAMES = {
     "router": "router of the file",
@@ -252,6 +266,60 @@ def plot(rows: list[dict], path: str) -> None:
     figure.savefig(path)
 
 
+def cost(model: Path, repeats: int = 400) -> None:
+    """Prints one JSON line for a router without and one with a part of the hidden state."""
+    container = Container.open(model)
+    shape = shape_from_config(container.config, str(model))
+    attention = shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
+    expert = 3 * shape.hidden * shape.expert_inner
+    others = shape.layers * attention + 3 * shape.hidden * (shape.layers - len(shape.moe_layers)) * shape.dense_inner
+    active = others + len(shape.moe_layers) * (shape.top_k * expert + shape.hidden * (shape.experts + 3 * shape.shared_inner))
+    active += shape.hidden * shape.vocab
+    rng = np.random.default_rng(0)
+    layers, experts, hidden = len(shape.moe_layers), shape.experts, shape.hidden
+    for with_hidden in (False, True):
+        planes = np.tile(np.float32([9, -9, -9, -9, -9, -9]), (layers, experts, 1))
+        weight = rng.normal(0, 1e-3, (layers, experts, hidden)).astype(np.float32) if with_hidden else None
+        powers = np.tile(np.float32([0.1, 0.1]), (layers, 1))
+        router = BitRouter(planes, powers, weight, np.float32([[2.5, 0], [3.5, 0]]))
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "model.d2moe"
+            shutil.copytree(model.resolve(), copy, copy_function=lambda source, target: os.symlink(source, target))
+            write_router(copy, router, {"method": "always 3 bits"})
+            found = {tokens: _slower(copy, tokens, repeats) for tokens in (1, 64)}
+        pairs = layers * shape.top_k
+        line = {
+            "router": "gate and hidden state" if with_hidden else "gate",
+            "bytes_percent": 100 * router.n_bytes / container.total_bytes,
+            "multiplications_percent": 100 * (layers * hidden * with_hidden * shape.top_k + layers * hidden + 2 * pairs) / active,
+            "decode_percent": found[1],
+            "prompt_of_64_percent": found[64],
+        }
+        print(json.dumps(line))
+
+
+def _slower(model: Path, tokens: int, repeats: int) -> float:
+    """Per cent that a step of `tokens` takes longer with the router, the medians of both by turns."""
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    with d2moe.load(model, bits=3, threads=1) as loaded:
+        engine = loaded.engine
+        prompt = (loaded.tokenizer.encode(PROMPT) * 64)[:64]
+        for repeat in range(max(8, repeats // tokens)):
+            for uniform in (repeat % 2 == 0, repeat % 2 == 1):
+                sequence = engine.new_sequence()
+                engine.step([Chunk(sequence, prompt, 3, "last", uniform)])
+                for at in range(0 if tokens > 1 else 32):
+                    began = time.perf_counter()
+                    engine.step([Chunk(sequence, prompt[at : at + 1], 3, "last", uniform)])
+                    seconds[uniform].append(time.perf_counter() - began)
+                if tokens > 1:
+                    began = time.perf_counter()
+                    engine.step([Chunk(sequence, prompt[:tokens], 3, "last", uniform)])
+                    seconds[uniform].append(time.perf_counter() - began)
+                sequence.free()
+    return 100 * (statistics.median(seconds[False]) / statistics.median(seconds[True]) - 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
@@ -264,7 +332,10 @@ def main() -> None:
     parser.add_argument("--out", help="file for the JSON lines [default: standard error]")
     parser.add_argument("--read", nargs="+", help="files that --out wrote, instead of measuring")
     parser.add_argument("--plot", help="picture of the curves, .svg or .png; needs matplotlib")
+    parser.add_argument("--cost", action="store_true", help="what the router costs, and nothing else")
     options = parser.parse_args()
+    if options.cost and options.model:
+        return cost(Path(options.model))
     if options.read:
         rows = [json.loads(line) for path in options.read for line in Path(path).read_text(encoding="utf-8").splitlines()]
     elif options.model and options.calibration and options.text:

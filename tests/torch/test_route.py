@@ -76,7 +76,7 @@ def test_training_writes_a_router_whose_dial_holds(model):
 def test_measured_values_are_differences_of_outputs(model):
     path, texts = model
     decoder = TorchDecoder(Container.open(path))
-    windows, held, _ = windows_of(texts, 2560)
+    windows, *_ = windows_of(texts, 2560)
     found = measure(decoder, windows, silent)
     used = found.mass > 0
     assert (found.sense > 0).all() and (found.difference[used] > 0).all()
@@ -151,31 +151,33 @@ def test_windows_are_spread_over_each_text_and_kept_apart():
         windows_of({"short.txt": texts["short.txt"]}, 4096)
 
 
-def test_the_switch_of_a_plane_is_what_the_loss_changes_by(model):
-    """The straight-through gradient of a plane's value is that of a mixture of the widths beside the choice."""
+def test_the_switch_of_a_step_is_what_the_loss_changes_by(model):
+    """The straight-through gradient of a step's value is that of a mixture of the widths beside the choice."""
     path, texts = model
     decoder = TorchDecoder(Container.open(path))
     windows, *_ = windows_of(texts, 2560)
     start = measure(decoder, windows, silent).rule()
-    price = torch.tensor([[[float(start.planes[0, :, 1].median())]]])
-    learner = Learner(decoder, start, (0.0, 0.0), 1)
-    x, taken = decoder.embed(windows[:1]), []
-    y = learner._layer(decoder.moe_layers[0], x, price, taken)
-    chosen_ = [w for w in chosen(decoder, windows[:1], start.at(float(price)))][0]
-    assert torch.equal(taken[0].round().long(), (chosen_ - 2).sum(-1)) and 2 < chosen_.float().mean() < 8
+    tokens = decoder.embed(windows[:1])
+    seen = []
+    decoder.layer(decoder.moe_layers[0], tokens, bit_router.looking(seen))
+    flat, h, ids, gates = seen[0]
+    values = start.values(0, flat, h, ids, gates)
+    price = values.median()
+    learner, taken = Learner(decoder, start, (0.0, 0.0), 1), []
+    y = learner._layer(decoder.moe_layers[0], tokens, price.reshape(1, 1, 1), taken)
+    widths = start.at(float(price))(0)(flat, h, ids, gates)
+    assert torch.equal(taken[0].round().long(), widths.sum(-1)) and len(widths.unique()) > 3
     direction = torch.randn_like(y)
     (y * direction).sum().backward()
-    slope = learner._parts["planes"].grad[0]
-    # By hand: each pair moves by gate * (next width - this one) * sigmoid' / temperature, for the two planes beside its width.
-    h, ids, gates = decoder.route(0, decoder._attention(decoder._layer(0), x).reshape(-1, decoder.shape.hidden))
-    flat, expected = direction.reshape(-1, decoder.shape.hidden), torch.zeros_like(slope)
-    values = start.values(0, decoder._attention(decoder._layer(0), x).reshape(-1, decoder.shape.hidden), h, ids, gates)
-    for t in range(len(ids)):
-        for k in range(ids.shape[1]):
-            width, e = int(chosen_[t, k]), int(ids[t, k])
-            for plane in (width - 3, width - 2):
-                if 0 <= plane < 6:
-                    s = torch.sigmoid((values[t, k, plane] - price.squeeze()) / bit_router.TEMPERATURE)
-                    a, b = (bit_router.gated(h[t : t + 1], decoder.expert(0, e, plane + w)) for w in (2, 3))
-                    expected[e, plane] += gates[t, k] * ((b - a) @ flat[t])[0] * s * (1 - s) / bit_router.TEMPERATURE
-    assert torch.allclose(slope, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
+    # By hand: each pair moves by gate * (next width - this one) * sigmoid' / temperature, for the two steps beside its width.
+    expected = torch.zeros_like(start.planes[0])
+    levels = bit_router.STEPS.tolist()
+    for t, k in np.ndindex(*ids.shape):
+        at, e = levels.index(widths[t, k]), int(ids[t, k])
+        for step in (at - 1, at):
+            if 0 <= step < 7:
+                s = torch.sigmoid((values[t, k, step] - price) / bit_router.TEMPERATURE)
+                a, b = (bit_router.gated(h[t : t + 1], decoder.expert(decoder.moe_layers[0], e, w)) if w else torch.zeros(1, decoder.shape.hidden) for w in levels[step : step + 2])
+                along = ((b - a) @ direction.reshape(-1, decoder.shape.hidden)[t])[0]
+                expected[e, step] += gates[t, k] * along * s * (1 - s) / bit_router.TEMPERATURE
+    assert torch.allclose(learner._parts["planes"].grad[0], expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))

@@ -107,7 +107,7 @@ def remove(model: str) -> None:
 def show(model: str, text: str, as_json: bool, **engine: Any) -> None:
     """Show how many bits MODEL takes for each token of TEXT, in each layer and of each expert.
 
-    A cell has the experts of a token in a layer, the one with the largest gate first, each with its width.
+    A cell has the experts of a token in a layer, the one with the largest gate first, each with its width, – if it was left out.
 
     \b
     Examples:
@@ -124,7 +124,7 @@ def show(model: str, text: str, as_json: bool, **engine: Any) -> None:
     _draw(Path(model).name, found)
 
 
-COLOURS = {2: "bright_black", 3: "blue", 4: "cyan", 5: "green", 6: "yellow", 7: "red", 8: "bold red"}
+COLOURS = {0: "bright_black", 2: "bright_black", 3: "blue", 4: "cyan", 5: "green", 6: "yellow", 7: "red", 8: "bold red"}
 
 
 def _draw(name: str, found: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ def _draw(name: str, found: dict[str, Any]) -> None:
         for layer in token["layers"]:
             cell = Text()
             for expert, bits in zip(layer["experts"], layer["bits"], strict=True):
-                cell.append(f"{expert:>3}:").append(str(bits), COLOURS[bits]).append(" ")
+                cell.append(f"{expert:>3}:").append(str(bits or "–"), COLOURS[bits]).append(" ")
             cells.append(cell)
         table.add_row(Text(repr(token["text"])[1:-1]), *cells, f"{token['average_bits']:.2f}")
     means = [f"{bits:.2f}" for bits in found["layer_bits"]]

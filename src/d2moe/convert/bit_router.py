@@ -1,25 +1,26 @@
 """Making a width router: what a plane of an expert is worth to a token, measured or learned, and the dial's table of prices.
 
-The value of plane b of expert e in layer l to a token, in nats of the token's KL divergence from full width, is taken as
+The value of step s of expert e in layer l to a token, in nats of the token's KL divergence from full width for each bit, is taken as
 
-    gate^2 * planes[l, e, b]          "measured"
-    gate^p * (mean x^2)^q * exp(weight[l, e] . h) * planes[l, e, b]      "learned"
+    gate^2 * planes[l, e, s]          "measured"
+    gate^p * (mean x^2)^q * exp(weight[l, e] . h) * planes[l, e, s]      "learned"
 
-measured: D[l, e, b], the mean squared difference of an expert's output at b bits from that at 8, is taken from a run over the
-text; S[l], what a squared difference in a layer costs at the end, from runs with one layer alone at SENSE_BITS. A plane's value is
-the step of D times S.
+The steps are the first two bits together, without which an expert is left out, and the planes 3 to 8.
+
+measured: D[l, e, b], the mean squared difference of an expert's output at b bits from that at 8 (at 0: its own square), is taken from a
+run over the text; S[l], what a squared difference in a layer costs at the end, from runs with one layer alone at SENSE_BITS. A step's
+value is that of D times S, divided by its bits.
 
 learned: from there by gradients, as in arXiv 2504.15299 (distillation, a price per bit, weights frozen). The loss is the KL
 divergence from the teacher over the price, plus the bits taken; the price is drawn anew for each batch, so one router serves all
 averages and no capacities are needed against collapse. Estimator: straight-through. Forward a plane is taken or not; backward
-its switch is a sigmoid of (log value - log price) / TEMPERATURE, and a pair's output at width b is f_b + switch_(b+1) (f_(b+1) - f_b) +
-(switch_b - 1) (f_b - f_(b-1)): only the planes next to the choice can move it, and others need not be computed.
+its switch is a sigmoid of (log value - log price) / TEMPERATURE, and a pair's output after step s is f_s + switch_(s+1) (f_(s+1) - f_s) +
+(switch_s - 1) (f_s - f_(s-1)): only the steps next to the choice can move it, and others need not be computed.
 Deviations from the paper: it has a softmax over widths and one fixed price.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,9 @@ TINY = 1e-30
 Progress = Callable[[int, int], None]
 Texts = Mapping[str, Sequence[int]]
 """Tokens by the name of the file they are of."""
-PLANES = MAX_BITS - BASE_BITS
+STEPS = torch.tensor([0, *WIDTHS])
+"""Widths after each step of value, 0 before the first."""
+COSTS = STEPS.diff().float()
 
 
 def windows_of(texts: Texts, tokens: int, learn: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,14 +93,15 @@ def batches(windows: Tensor, size: int = BATCH) -> Iterator[Tensor]:
 
 @dataclass
 class Rule:
-    """The values of all layers in torch: planes [layers, experts, 6], powers [layers, 2], weight [layers, experts, hidden]."""
+    """The values of all layers in torch: planes [layers, experts, 7], of the first two bits (infinite: an expert is never left out)
+    and of each further one; powers [layers, 2], weight [layers, experts, hidden]."""
 
     planes: Tensor
     powers: Tensor
     weight: Tensor | None = None
 
     def values(self, layer: int, x: Tensor, h: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
-        """Logarithms [n, top_k, 6] of the planes' values; csrc/widths.h has the same sum."""
+        """Logarithms [n, top_k, 7] of the steps' values; csrc/widths.h has the same sum."""
         gate_power, norm_power = self.powers[layer]
         s = gate_power * gates.clamp(min=TINY).log() + norm_power * x.pow(2).mean(-1, keepdim=True).clamp(min=TINY).log()
         if self.weight is not None:
@@ -112,13 +116,15 @@ class Rule:
         """The widths at a price, for each layer with experts."""
 
         def layer(m: int) -> Choose:
-            return lambda x, h, ids, gates: BASE_BITS + (self.values(m, x, h, ids, gates) >= price).sum(-1)
+            return lambda x, h, ids, gates: STEPS[(self.values(m, x, h, ids, gates) >= price).sum(-1)]
 
         return layer
 
     def router(self, dial: np.ndarray[Any, np.dtype[np.float32]]) -> BitRouter:
         weight = None if self.weight is None else self.weight.numpy()
-        return BitRouter(self.monotone().numpy(), self.powers.numpy(), weight, dial)
+        planes = self.monotone()
+        base = planes[..., 0].numpy() if torch.isfinite(planes[..., 0]).all() else None
+        return BitRouter(planes[..., 1:].numpy(), self.powers.numpy(), weight, dial, base)
 
 
 Routed = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -150,7 +156,7 @@ def run(decoder: TorchDecoder, x: Tensor, choose: Callable[[int], Choose], first
 
 @dataclass(frozen=True)
 class Measured:
-    """`difference` [layers, experts, 6] mean squared difference of an expert's output at 2 to 7 bits from that at 8; `mass`
+    """`difference` [layers, experts, 7] mean squared difference of an expert's output at 0 and 2 to 7 bits from that at 8; `mass`
     [layers, experts] summed squared gates; `sense` [layers] nats of KL per gate^2 * squared difference, summed over pairs."""
 
     difference: Tensor
@@ -166,7 +172,7 @@ class Measured:
         own = share / (share + prior / experts)
         d = own * self.difference + (1 - own) * mean
         step = d - torch.cat([d[..., 1:], torch.zeros_like(d[..., :1])], -1)
-        planes = (step * self.sense[:, None, None]).clamp(min=TINY).log()
+        planes = (step / COSTS * self.sense[:, None, None]).clamp(min=TINY).log()
         return Rule(planes.cummin(-1)[0].contiguous(), torch.tensor([[2.0, 0.0]]).repeat(layers, 1))
 
 
@@ -182,7 +188,7 @@ def measure(decoder: TorchDecoder, windows: Tensor, progress: Progress) -> Measu
         progress(done, total)
 
     full = uniform(MAX_BITS)
-    difference, mass = torch.zeros(len(moe), s.experts, PLANES), torch.zeros(len(moe), s.experts)
+    difference, mass = torch.zeros(len(moe), s.experts, len(COSTS)), torch.zeros(len(moe), s.experts)
     x, inputs = decoder.embed(few), []
     for index in range(s.layers):
         inputs.append(x)
@@ -205,7 +211,7 @@ def measure(decoder: TorchDecoder, windows: Tensor, progress: Progress) -> Measu
             tick()
         parts = zip(batches(base), batches(y), strict=True)
         kl = sum(float(divergence(decoder.log_probabilities(p), decoder.log_probabilities(q)).sum()) for p, q in parts)
-        error = (mass[m] * difference[m, :, SENSE_BITS - BASE_BITS]).sum() / windows.numel()  # of a token
+        error = (mass[m] * difference[m, :, STEPS.tolist().index(SENSE_BITS)]).sum() / windows.numel()  # of a token
         sense[m] = kl / few.numel() / error.clamp(min=TINY)
     return Measured(difference, mass, sense)
 
@@ -216,8 +222,8 @@ def _differences(decoder: TorchDecoder, index: int, seen: list[Routed], differen
         token, rank = (ids == expert).nonzero(as_tuple=True)
         weight = gates[token, rank].square()
         full = gated(h[token], decoder.expert(index, expert, MAX_BITS))
-        for column, bits in enumerate(WIDTHS[:-1]):
-            off = (gated(h[token], decoder.expert(index, expert, bits)) - full).square().sum(-1)
+        for column, bits in enumerate(STEPS[:-1].tolist()):
+            off = ((gated(h[token], decoder.expert(index, expert, bits)) if bits else 0) - full).square().sum(-1)
             difference[expert, column] = (weight * off).sum() / weight.sum().clamp(min=TINY)
         mass[expert] = weight.sum()
 
@@ -236,12 +242,24 @@ def calibrate(decoder: TorchDecoder, rule: Rule, windows: Tensor, progress: Prog
     for number, part in enumerate(batches(windows)):
         seen: list[Routed] = []
         run(decoder, decoder.embed(part), lambda m, seen=seen: looking(seen))  # type: ignore[misc]
-        values += [rule.values(m, *routed).flatten() for m, routed in enumerate(seen)]
+        values += [rule.values(m, *routed).flatten(0, 1) for m, routed in enumerate(seen)]
         progress(min(len(windows), (number + 1) * BATCH), len(windows))
-    ordered = torch.cat(values).sort(descending=True)[0]
-    widths = np.arange(BASE_BITS + DIAL_STEP, MAX_BITS - DIAL_STEP / 2, DIAL_STEP)
-    places = np.clip((widths - BASE_BITS) / PLANES * len(ordered), 0, len(ordered) - 1).astype(np.int64)
-    return np.stack([widths, ordered[places].numpy()], 1).astype(np.float32)
+    widths = np.arange(BASE_BITS, MAX_BITS - DIAL_STEP / 2, DIAL_STEP)
+    dial = np.stack([widths, prices_of(torch.cat(values), widths)], 1).astype(np.float32)
+    return dial[np.isfinite(dial[:, 1])]
+
+
+def prices_of(values: Tensor, averages: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The prices at which pairs with `values` [pairs, 7] take each of `averages` bits."""
+    ordered, order = values.flatten().sort(descending=True)
+    taken = COSTS[order % len(COSTS)].double().cumsum(0) / len(values)
+    places = torch.searchsorted(taken, torch.from_numpy(averages)).clamp(max=len(ordered) - 1)
+    return np.asarray(ordered[places].numpy())
+
+
+def bits_at(values: Tensor, price: float) -> float:
+    """The average width that pairs with `values` [pairs, 7] take at a price."""
+    return float(((values >= price) * COSTS).sum(-1).mean())
 
 
 def score(decoder: TorchDecoder, windows: Tensor, teacher: Sequence[Tensor] | None, choose: Callable[[int], Choose]) -> tuple[float, float]:
@@ -319,7 +337,7 @@ class Learner:
         for index in range(self.decoder.shape.layers):
             x = self._layer(index, x, price.reshape(-1, 1, 1), taken)
         kl = divergence(teacher(part), self.decoder.log_probabilities(x))
-        bits = torch.stack(taken).sum(0)  # of a token, beyond the base
+        bits = torch.stack(taken).sum(0)  # of a token
         loss = ((kl / price.exp()).flatten() + bits).mean()
         self._adam.zero_grad()
         loss.backward()
@@ -339,15 +357,16 @@ class Learner:
         rest = decoder.layer(index, x, lambda *routed: found.append(routed) or torch.zeros_like(routed[2]))  # all but the experts
         flat, h, ids, gates = found[0]
         values = Rule(**self._parts).values(m, flat, h, ids, gates)
-        widths = BASE_BITS + (values >= price).sum(-1)
+        step = (values >= price).sum(-1, keepdim=True)
         soft = torch.sigmoid((values - price) / TEMPERATURE)
-        moves = torch.nn.functional.pad(soft - soft.detach(), (1, 1))  # nothing but gradients; none below 2 bits or above 8
-        last, further = (moves.gather(-1, widths[..., None] - BASE_BITS + step) for step in (0, 1))
-        y = decoder.each_expert(index, h, ids, widths)
+        moves = torch.nn.functional.pad(soft - soft.detach(), (1, 1))  # nothing but gradients; none below 0 bits or above 8
+        last, further = moves.gather(-1, step), moves.gather(-1, step + 1)
+        below, here, above = (STEPS[(step + n).clamp(0, len(COSTS))] for n in (-1, 0, 1))
+        y = decoder.each_expert(index, h, ids, here[..., 0])
         with torch.no_grad():
-            less = y - decoder.each_expert(index, h, ids, (widths - 1).clamp(min=BASE_BITS))
-            more = decoder.each_expert(index, h, ids, (widths + 1).clamp(max=MAX_BITS)) - y
-        taken.append((widths + (last + further)[..., 0] - BASE_BITS).sum(-1))
+            less = y - decoder.each_expert(index, h, ids, below[..., 0])
+            more = decoder.each_expert(index, h, ids, above[..., 0]) - y
+        taken.append((here + last * (here - below) + further * (above - here)).sum((-1, -2)))
         out = (gates[..., None] * (y + last * less + further * more)).sum(1)
         return rest + out.view_as(rest)
 

@@ -147,7 +147,7 @@ class Streamer:
             bits, gates = policy.choose(layer, ids, asked, decoder.program.gates)
             if bits is not asked:
                 decoder.program.choose(np.ascontiguousarray(bits, np.int32), gates)
-                c.uses -= int(np.count_nonzero(bits == 0))
+                c.uses -= int(np.count_nonzero(asked)) - int(np.count_nonzero(bits))
         self._plan = plan = policy.plan(layer, ids, bits)
         c.plans += 1
         c.missing_bytes += plan.missing_bytes
