@@ -118,11 +118,11 @@ def loglikelihood(model: d2moe.Model, context: Sequence[int], answer: Sequence[i
 
 def run_tasks(model: d2moe.Model, names: Sequence[str], data: Path, limit: int | None, setting: str) -> dict[str, list[float]]:
     """Whether each item was right, by task."""
-    import lm_eval
+    from lm_eval.evaluator import evaluate
 
     with tempfile.TemporaryDirectory() as folder:
         tasks = [harness_task(name, data, Path(folder)) for name in names]
-        found = lm_eval.evaluator.evaluate(
+        found = evaluate(
             lm=language_model(model, setting),
             task_dict=dict(zip(names, tasks, strict=True)),
             limit=limit,
