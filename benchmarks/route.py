@@ -15,11 +15,15 @@ bits, in one engine by turns.
   uniform    one width (whole averages only)
   router     the width router in MODEL, as "d2moe route train" wrote it
   measured   a router measured here on the calibration text
-  layers     the same with one row of values for all experts of a layer
+  no hidden  the same without the hidden state
+  no zero    the same without leaving experts out
+  layers     no hidden, and one row of values for all experts of a layer
   static     widths by expert alone, by measured importance (EdgeMoE, arXiv 2308.14352)
   gate       by squared gate alone, all layers alike
-  mass       two widths by the gate mass ranked before an expert (HOBBIT, arXiv 2411.01433): 3 and 2 bits, 4 and 2 from 3 on, 8 and 4 from 5 on
-  priority   the largest gates of each layer first, under its budget (MoNE, arXiv 2407.19985), 2 to 4 bits, 5 to 8 from 5 on; looks at the whole batch
+  mass       two widths by the gate mass ranked before an expert (HOBBIT, arXiv 2411.01433): 3 and 2 bits, from 3 on
+             4 and 2, from 5 on 8 and 4
+  priority   the largest gates of each layer first, under its budget (MoNE, arXiv 2407.19985), 2 to 4 bits, from 5 on
+             5 to 8; looks at the whole batch
   fewer      4 bits, 8 from 5 on, and the light experts left out by layer sensitivity times squared gate (AdapMoE, arXiv 2408.10284)
 """
 
@@ -28,7 +32,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import statistics
 import sys
@@ -46,12 +49,14 @@ from d2moe.container import BitRouter, Container, read_router, write_router
 from d2moe.convert.bit_router import (
     Rule,
     batches,
+    bits_at,
     calibrate,
     divergence,
     full_width,
     looking,
     measure,
     plain,
+    prices_of,
     run,
     windows_of,
 )
@@ -61,7 +66,7 @@ from d2moe.runtime.request import Chunk
 from d2moe.runtime.tokenizer import Tokenizer
 
 PROMPT = "Once upon a time there was a small lighthouse on a rock in the northern sea. Every evening the keeper climbed to the lamp. "
-METHODS = ("uniform", "router", "measured", "layers", "static", "gate", "mass", "priority", "fewer")
+METHODS = ("uniform", "router", "measured", "no hidden", "no zero", "layers", "static", "gate", "mass", "priority", "fewer")
 NAMES = {
     "router": "router of the file",
     "static": "by expert (EdgeMoE)",
@@ -85,18 +90,24 @@ class Frame:
         measured = measure(self.decoder, windows, lambda done, total: None)
         layers = len(self.decoder.moe_layers)
         rule = measured.rule()
-        self.rules = {"measured": rule, "layers": measured.rule(prior=math.inf)}
+        self.rules = {"measured": rule, "layers": measured.rule(prior=math.inf, hidden=False)}
         chosen = [ids.flatten() for _, _, ids, _ in routed_on(self.decoder, windows)]
         uses = torch.stack([torch.bincount(ids, minlength=container.experts) for ids in chosen])
         importance = (measured.mass / uses.clamp(min=1)).clamp(min=1e-30).log()[..., None]  # mean squared gate
-        self.rules["static"] = Rule(rule.planes + importance, torch.zeros(layers, 2))
-        steps = (-math.log(4.0) * torch.arange(6.0)).expand_as(rule.planes)
+        widths_alone = measured.rule(hidden=False).planes
+        never = torch.full_like(widths_alone[..., :1], math.inf)  # the others leave no expert out
+        self.rules["static"] = Rule(torch.cat([never, widths_alone[..., 1:] + importance], -1), torch.zeros(layers, 2))
+        self.rules["no zero"] = Rule(torch.cat([never, rule.planes[..., 1:]], -1), rule.powers, rule.weight)
+        self.rules["no hidden"] = measured.rule(hidden=False)
+        steps = torch.cat([never, (-math.log(4.0) * torch.arange(6.0)).expand_as(widths_alone[..., 1:])], -1)
         self.rules["gate"] = Rule(steps.contiguous(), torch.tensor([[2.0, 0.0]]).repeat(layers, 1))
         self.dials = {"measured": calibrate(self.decoder, rule, windows, lambda done, total: None)}
         written = read_router(container)
         if written is not None:
             weight = None if written.weight is None else torch.tensor(written.weight)
-            self.rules["router"] = Rule(torch.tensor(written.planes), torch.tensor(written.powers), weight)
+            base = torch.full(written.planes.shape[:2], math.inf) if written.base is None else torch.tensor(written.base)
+            planes = torch.cat([base[..., None], torch.tensor(written.planes)], -1)
+            self.rules["router"] = Rule(planes, torch.tensor(written.powers), weight)
             self.dials["router"] = written.dial
 
     def price(self, method: str, bits: float) -> float | None:
@@ -125,23 +136,23 @@ class Text:
         self.teacher = [full_width(self.decoder, part) for part in batches(self.windows)]
         self.routed = routed_on(self.decoder, self.windows)
         self.values = {
-            name: torch.cat([rule.values(m, *routed).flatten() for m, routed in enumerate(self.routed)])
+            name: torch.cat([rule.values(m, *routed).flatten(0, 1) for m, routed in enumerate(self.routed)])
             for name, rule in frame.rules.items()
         }
 
     def dial_bits(self, method: str, bits: float) -> float | None:
         """The average on this text at the price that the calibration text gave the dial."""
         price = self.frame.price(method, bits)
-        return None if price is None else 2 + 6 * float((self.values[method] >= price).float().mean())
+        return None if price is None else bits_at(self.values[method], price)
 
     def choice(self, method: str, bits: float) -> Choice | None:
         """None where the method cannot give this average."""
         if method == "uniform":
             return plain(int(bits)) if bits == int(bits) else None
-        if method in METHODS[1:6]:
-            if method not in self.values:
-                return None
-            return self.frame.rules[method].at(quantile(self.values[method], 1 - (bits - 2) / 6))
+        if method in self.values:
+            return self.frame.rules[method].at(float(prices_of(self.values[method], np.array([bits]))[0]))
+        if method == "router":  # a file without one
+            return None
         return {"mass": self.mass, "priority": self.priority, "fewer": self.fewer}[method](bits)
 
     def mass(self, bits: float) -> Choice | None:
@@ -174,7 +185,7 @@ class Text:
 
     def fewer(self, bits: float) -> Choice:
         width = 8 if bits >= 5 else 4
-        first = self.frame.rules["layers"].planes[:, 0, 0].exp()  # what a layer loses by the first step of width
+        first = self.frame.rules["layers"].planes[:, 0, 1].exp()  # what a layer loses by the first step of width
         value = torch.cat([(s * gates.square()).flatten() for s, (*_, gates) in zip(first, self.routed, strict=True)])
         limit = quantile(value, 1 - bits / width)
 
@@ -218,7 +229,7 @@ def quantile(values: Tensor, share: float) -> float:
 def measure_all(options: argparse.Namespace) -> list[dict]:
     frame, rows, begun, done = Frame(options.model, options.calibration, options.calibration_tokens), [], time.time(), 0
     points = len(options.text) * len(options.bits) * len(options.methods)
-    with open(options.out, "w", encoding="utf-8") if options.out else sys.stderr as out:
+    with Path(options.out).open("w", encoding="utf-8") if options.out else sys.stderr as out:
         for path in options.text:
             text = Text(frame, path, options.tokens)
             for bits in options.bits:
@@ -281,10 +292,11 @@ def cost(model: Path, repeats: int = 400) -> None:
         planes = np.tile(np.float32([9, -9, -9, -9, -9, -9]), (layers, experts, 1))
         weight = rng.normal(0, 1e-3, (layers, experts, hidden)).astype(np.float32) if with_hidden else None
         powers = np.tile(np.float32([0.1, 0.1]), (layers, 1))
-        router = BitRouter(planes, powers, weight, np.float32([[2.5, 0], [3.5, 0]]))
+        base = np.full((layers, experts), 9, np.float32)
+        router = BitRouter(planes, powers, weight, np.float32([[2.5, 0], [3.5, 0]]), base)
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "model.d2moe"
-            shutil.copytree(model.resolve(), copy, copy_function=lambda source, target: os.symlink(source, target))
+            shutil.copytree(model.resolve(), copy, copy_function=lambda source, target: Path(target).symlink_to(source))
             write_router(copy, router, {"method": "always 3 bits"})
             found = {tokens: _slower(copy, tokens, repeats) for tokens in (1, 64)}
         pairs = layers * shape.top_k
@@ -335,7 +347,8 @@ def main() -> None:
     parser.add_argument("--cost", action="store_true", help="what the router costs, and nothing else")
     options = parser.parse_args()
     if options.cost and options.model:
-        return cost(Path(options.model))
+        cost(Path(options.model))
+        return
     if options.read:
         rows = [json.loads(line) for path in options.read for line in Path(path).read_text(encoding="utf-8").splitlines()]
     elif options.model and options.calibration and options.text:

@@ -36,7 +36,12 @@ TASKS: dict[str, dict[str, Any]] = {
     "arc_easy": {"file": "arc_easy.jsonl", "doc_to_text": "{{query}}\nAnswer:"},
     "hellaswag": {"file": "hellaswag_val_full.txt", "doc_to_text": "{{query}}"},
     "boolq": {"file": "boolq.jsonl", "doc_to_text": "{{query}}?\nAnswer:"},
-    "winogrande": {"file": "winogrande.jsonl", "doc_to_text": "{{gold}}", "doc_to_choice": "{{context_options}}", "doc_to_target": "{{continuation}}"},
+    "winogrande": {
+        "file": "winogrande.jsonl",
+        "doc_to_text": "{{gold}}",
+        "doc_to_choice": "{{context_options}}",
+        "doc_to_target": "{{continuation}}",
+    },
 }
 KINDS = (*TASKS, "json")
 """Everything but lambada and winogrande has choices and the index of the right one."""

@@ -177,7 +177,8 @@ def test_the_switch_of_a_step_is_what_the_loss_changes_by(model):
         for step in (at - 1, at):
             if 0 <= step < 7:
                 s = torch.sigmoid((values[t, k, step] - price) / bit_router.TEMPERATURE)
-                a, b = (bit_router.gated(h[t : t + 1], decoder.expert(decoder.moe_layers[0], e, w)) if w else torch.zeros(1, decoder.shape.hidden) for w in levels[step : step + 2])
-                along = ((b - a) @ direction.reshape(-1, decoder.shape.hidden)[t])[0]
+                a, b = (decoder.each_expert(decoder.moe_layers[0], h[t : t + 1], ids[t, k].view(1, 1), w.view(1, 1))
+                        for w in bit_router.STEPS[step : step + 2])  # fmt: skip
+                along = ((b - a) @ direction.reshape(-1, decoder.shape.hidden)[t])[0, 0]
                 expected[e, step] += gates[t, k] * along * s * (1 - s) / bit_router.TEMPERATURE
     assert torch.allclose(learner._parts["planes"].grad[0], expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))

@@ -35,8 +35,12 @@ from d2moe.errors import ConfigError, D2MoeError
     show_default=True,
     help="From measured errors, or from there by gradients; then the better of the two is kept.",
 )
-@click.option("--tokens", type=click.IntRange(min=1024), default=16384, show_default=True, help="Tokens to measure on, a quarter of them held back.")
-@click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True, help="Batches of 1,024 tokens for --method learned, of further text.")
+@click.option(
+    "--tokens", type=click.IntRange(min=1024), default=16384, show_default=True, help="Tokens to measure on, a quarter of them held back."
+)
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=300, show_default=True, help="Batches of 1,024 tokens of more text to learn from."
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads [default: torch's].")
 def train(
     model: str, texts: tuple[str, ...], reference: str | None, method: str, tokens: int, steps: int, threads: int | None

@@ -2,14 +2,15 @@
 
 The value of step s of expert e in layer l to a token, in nats of the token's KL divergence from full width for each bit, is taken as
 
-    gate^2 * planes[l, e, s]          "measured"
+    gate^2 * exp(weight[l, e] . h) * planes[l, e, s]                     "measured"
     gate^p * (mean x^2)^q * exp(weight[l, e] . h) * planes[l, e, s]      "learned"
 
 The steps are the first two bits together, without which an expert is left out, and the planes 3 to 8.
 
 measured: D[l, e, b], the mean squared difference of an expert's output at b bits from that at 8 (at 0: its own square), is taken from a
 run over the text; S[l], what a squared difference in a layer costs at the end, from runs with one layer alone at SENSE_BITS. A step's
-value is that of D times S, divided by its bits.
+value is that of D times S, divided by its bits. Tokens differ: `weight` is the ridge regression of the logarithm of a token's own squared
+difference on its normed input, and D is what is left beside it.
 
 learned: from there by gradients, as in arXiv 2504.15299 (distillation, a price per bit, weights frozen). The loss is the KL
 divergence from the teacher over the price, plus the bits taken; the price is drawn anew for each batch, so one router serves all
@@ -42,6 +43,11 @@ BATCH = 16
 LEARN_BATCH = 4
 SENSE_BITS = 3
 PRIOR = 0.1
+FITTED_BITS = (2, 3, 4)
+RIDGE = 1.0
+"""Of the inputs' mean square: halves what the text says of a direction as strong as the mean one."""
+DRIFT = 30.0
+"""How much more a direction counts along which whole windows differ: by those, the average of another domain's text would drift."""
 TEMPERATURE = 0.7
 RATE = 0.02
 PRICED = (2.1, 5.0)
@@ -157,15 +163,19 @@ def run(decoder: TorchDecoder, x: Tensor, choose: Callable[[int], Choose], first
 @dataclass(frozen=True)
 class Measured:
     """`difference` [layers, experts, 7] mean squared difference of an expert's output at 0 and 2 to 7 bits from that at 8; `mass`
-    [layers, experts] summed squared gates; `sense` [layers] nats of KL per gate^2 * squared difference, summed over pairs."""
+    [layers, experts] summed squared gates; `sense` [layers] nats of KL per gate^2 * squared difference, summed over pairs. `weight`
+    [layers, experts, hidden]: how a token's own squared difference depends on its normed input h, by a factor of exp(weight . h), whose
+    means, weighted with squared gates, are `factor` [layers, experts]."""
 
     difference: Tensor
     mass: Tensor
     sense: Tensor
+    weight: Tensor
+    factor: Tensor
 
-    def rule(self, prior: float = PRIOR) -> Rule:
-        """The untrained start. An expert's difference is mixed with the layer's, which counts as much as `prior` of an even share of
-        the text: experts that the text hardly used know little of themselves. Infinite: one row for a layer."""
+    def rule(self, prior: float = PRIOR, hidden: bool = True) -> Rule:
+        """The untrained start, without `weight` if not `hidden`. An expert's difference is mixed with the layer's, which counts as much as
+        `prior` of an even share of the text: experts that the text hardly used know little of themselves. Infinite: one row for a layer."""
         layers, experts, _ = self.difference.shape
         share = (self.mass / self.mass.sum(-1, keepdim=True))[..., None]
         mean = (self.difference * share).sum(1, keepdim=True)
@@ -173,7 +183,10 @@ class Measured:
         d = own * self.difference + (1 - own) * mean
         step = d - torch.cat([d[..., 1:], torch.zeros_like(d[..., :1])], -1)
         planes = (step / COSTS * self.sense[:, None, None]).clamp(min=TINY).log()
-        return Rule(planes.cummin(-1)[0].contiguous(), torch.tensor([[2.0, 0.0]]).repeat(layers, 1))
+        if hidden:
+            planes = planes - self.factor.log()[..., None]
+        powers = torch.tensor([[2.0, 0.0]]).repeat(layers, 1)
+        return Rule(planes.cummin(-1)[0].contiguous(), powers, self.weight if hidden else None)
 
 
 def measure(decoder: TorchDecoder, windows: Tensor, progress: Progress) -> Measured:
@@ -189,6 +202,7 @@ def measure(decoder: TorchDecoder, windows: Tensor, progress: Progress) -> Measu
 
     full = uniform(MAX_BITS)
     difference, mass = torch.zeros(len(moe), s.experts, len(COSTS)), torch.zeros(len(moe), s.experts)
+    weight, factor = torch.zeros(len(moe), s.experts, s.hidden), torch.ones(len(moe), s.experts)
     x, inputs = decoder.embed(few), []
     for index in range(s.layers):
         inputs.append(x)
@@ -200,7 +214,9 @@ def measure(decoder: TorchDecoder, windows: Tensor, progress: Progress) -> Measu
         x = torch.cat([decoder.layer(index, part, looking(seen)) for part in batches(x)])
         if index in moe:
             m = moe.index(index)
-            _differences(decoder, index, seen, difference[m], mass[m])
+            _, h, ids, gates = (torch.cat(parts) for parts in zip(*seen, strict=True))
+            own = _differences(decoder, index, h, ids, gates.square(), difference[m], mass[m])
+            _dependence(own, h, ids, gates.square(), weight[m], factor[m])
         tick()
     sense = torch.zeros(len(moe))
     for m, index in enumerate(moe):
@@ -213,19 +229,53 @@ def measure(decoder: TorchDecoder, windows: Tensor, progress: Progress) -> Measu
         kl = sum(float(divergence(decoder.log_probabilities(p), decoder.log_probabilities(q)).sum()) for p, q in parts)
         error = (mass[m] * difference[m, :, STEPS.tolist().index(SENSE_BITS)]).sum() / windows.numel()  # of a token
         sense[m] = kl / few.numel() / error.clamp(min=TINY)
-    return Measured(difference, mass, sense)
+    return Measured(difference, mass, sense, weight, factor)
 
 
-def _differences(decoder: TorchDecoder, index: int, seen: list[Routed], difference: Tensor, mass: Tensor) -> None:
-    _, h, ids, gates = (torch.cat(parts) for parts in zip(*seen, strict=True))
+def _differences(
+    decoder: TorchDecoder, index: int, h: Tensor, ids: Tensor, weights: Tensor, difference: Tensor, mass: Tensor
+) -> Tensor:
+    """Fill `difference` [experts, 7] and `mass` [experts] of a layer; each pair's own mean logarithm [n, top_k] over FITTED_BITS."""
+    own = torch.zeros(ids.shape)
     for expert in ids.unique().tolist():
         token, rank = (ids == expert).nonzero(as_tuple=True)
-        weight = gates[token, rank].square()
+        weight = weights[token, rank]
         full = gated(h[token], decoder.expert(index, expert, MAX_BITS))
         for column, bits in enumerate(STEPS[:-1].tolist()):
             off = ((gated(h[token], decoder.expert(index, expert, bits)) if bits else 0) - full).square().sum(-1)
             difference[expert, column] = (weight * off).sum() / weight.sum().clamp(min=TINY)
+            if bits in FITTED_BITS:
+                own[token, rank] += off.clamp(min=TINY).log() / len(FITTED_BITS)
         mass[expert] = weight.sum()
+    return own
+
+
+def _dependence(own: Tensor, h: Tensor, ids: Tensor, weights: Tensor, weight: Tensor, factor: Tensor) -> None:
+    """Fill `weight` [experts, hidden] and `factor` [experts] of a layer from the pairs' logarithms `own` [n, top_k]: one regression for
+    all experts, each about its own mean, and one for what an expert leaves over that met more tokens than there are coefficients."""
+    hidden = h.shape[1]
+    means = h.view(-1, WINDOW, hidden).mean(1)
+    means = means - means.mean(0)
+    domains = means.T @ means / len(means)
+
+    def ridge(square: Tensor, product: Tensor, pairs: int) -> Tensor:
+        pull = RIDGE * square.diagonal().mean().clamp(min=TINY) * torch.eye(hidden) + DRIFT * pairs * domains
+        found: Tensor = torch.linalg.solve(square + pull, product)
+        return found
+
+    square, product, places = torch.zeros(hidden, hidden), torch.zeros(hidden), {}
+    for expert in ids.unique().tolist():
+        token, rank = places[expert] = (ids == expert).nonzero(as_tuple=True)
+        x, y = h[token] - h[token].mean(0), own[token, rank]
+        square += x.T @ x
+        product += x.T @ (y - y.mean())
+    weight += ridge(square, product, ids.numel())
+    for expert, (token, rank) in places.items():
+        if len(token) > hidden:
+            x, y = h[token] - h[token].mean(0), own[token, rank]
+            weight[expert] += ridge(x.T @ x, x.T @ (y - y.mean() - x @ weight[expert]), len(token))
+        w = weights[token, rank]
+        factor[expert] = (w * (h[token] @ weight[expert]).exp()).sum() / w.sum().clamp(min=TINY)
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -291,15 +341,14 @@ def full_width(decoder: TorchDecoder, windows: Tensor) -> Tensor:
 class Learner:
     """Gradient training of a rule; `state` can be saved between steps and set again."""
 
-    def __init__(self, decoder: TorchDecoder, start: Rule, prices: tuple[float, float], steps: int, *, hidden: bool = True, seed: int = 0):
+    def __init__(self, decoder: TorchDecoder, start: Rule, prices: tuple[float, float], steps: int, seed: int = 0):
         self.decoder, self.prices, self.steps = decoder, prices, steps
-        layers, experts, _ = start.planes.shape
         self._parts = {
             "planes": start.planes.clone(),
             "powers": start.powers.clone(),
         }
-        if hidden:
-            self._parts["weight"] = torch.zeros(layers, experts, decoder.shape.hidden)
+        if start.weight is not None:
+            self._parts["weight"] = start.weight.clone()
         for tensor in self._parts.values():
             tensor.requires_grad_(True)
         # A weight meets `hidden` numbers of size one, so its steps are that much smaller.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ def train(
 
     `tokens` of the texts are measured on, a quarter of them held back for the report. `learned` trains for `steps` batches of
     LEARN_BATCH windows, from all of the texts but what is held back; its router is written only if it is better there than the
-    measured one. The teacher is the checkpoint in `reference`, else the container at 8 bits. Interrupted, it leaves PATH.router.partial and raises KeyboardInterrupt that says so.
+    measured one. The teacher is the checkpoint in `reference`, else the container at 8 bits. Interrupted, it leaves PATH.router.partial
+    and raises KeyboardInterrupt that says so.
     Raises ConfigError, RequestError (too little text), CheckpointError (the reference), StorageError (nothing can be written).
     """
     if method not in METHODS:
@@ -82,11 +83,11 @@ def train(
     decoder = TorchDecoder(container)
     windows, held, more = windows_of(texts, tokens, steps * LEARN_BATCH if method == "learned" else 0)
     seal = hashlib.sha256(container.path.joinpath("checksums.safetensors").read_bytes()).hexdigest()
-    kept = _Kept(path, {"seal": seal, "text": _digest(windows)})
+    kept = _Kept(path, {"seal": seal, "text": _digest(windows), "version": "2"})
     try:
         if "measured" not in kept.state:
             found = measure(decoder, windows, stage("measuring"))
-            kept.put(measured=[found.difference, found.mass, found.sense])
+            kept.put(measured=[getattr(found, field.name) for field in fields(found)])
         measured = Measured(*kept.state["measured"])
         candidates = {"measured": measured.rule()}
         teacher: Callable[[Tensor], Tensor] = lambda part: full_width(decoder, part)  # noqa: E731
