@@ -103,6 +103,8 @@ def train(
         routers = {name: rule.router(dials[name]) for name, rule in candidates.items()}
         table, best = _compare(decoder, candidates, routers, held, teacher, stage("comparing"))
     except KeyboardInterrupt:
+        if not kept.state:
+            raise
         raise KeyboardInterrupt(f"{kept.path} has what was done; the same command goes on there") from None
     about = {"method": best, "tokens": windows.numel(), "window": WINDOW}
     write_router(path, routers[best], about)
