@@ -83,14 +83,36 @@ def test_measured_values_are_differences_of_outputs(model):
     assert (found.difference[used][:, 0] > found.difference[used][:, 3]).all(), "two bits are further off than five"
     rule = found.rule()
     assert (rule.planes.diff(dim=-1) <= 0).all() and torch.isfinite(rule.planes).all()
-    rows = found.rule(prior=float("inf")).planes
+    rows = found.rule(prior=float("inf"), hidden=False).planes
     assert (rows == rows[:, :1]).all() and not (rule.planes == rule.planes[:, :1]).all()
     # An expert that the text never used is as good as its layer's middle one.
     found.mass[0, 0], found.difference[0, 0] = 0, 0
-    assert torch.allclose(found.rule().planes[0, 0], found.rule(prior=float("inf")).planes[0, 0], atol=1e-4)
+    unused, mean = (found.rule(prior, hidden=False).planes[0, 0] for prior in (bit_router.PRIOR, float("inf")))
+    assert torch.allclose(unused, mean, atol=1e-4)
     dial = calibrate(decoder, rule, windows, silent)
     widths = [w.flatten() for w in chosen(decoder, windows, rule.at(float(np.interp(3.0, *dial.T))))]
     assert torch.cat(widths).float().mean() == pytest.approx(3.0, abs=0.05)
+
+
+def test_a_tokens_own_error_is_predicted_but_not_by_its_domain():
+    seed = int(np.random.default_rng().integers(1 << 31))
+    print("seed", seed)
+    rng = torch.Generator().manual_seed(seed)
+    hidden, experts, windows = 24, 4, 64
+    v, domain = torch.nn.functional.normalize(torch.randn(2, hidden, generator=rng))
+    h = torch.randn(windows, 256, hidden, generator=rng) + 2 * torch.randn(windows, 1, 1, generator=rng) * domain
+    h = h.reshape(-1, hidden)
+    ids = torch.stack([torch.randperm(experts, generator=rng)[:2] for _ in range(len(h))])
+    gates = torch.rand(ids.shape, generator=rng)
+    own = (h @ (v - (v @ domain) * domain) + 0.5 * h @ domain)[:, None] + ids + torch.randn(ids.shape, generator=rng)
+    weight, factor = torch.zeros(experts, hidden), torch.ones(experts)
+    bit_router._dependence(own, h, ids, gates, weight, factor)
+    assert ((weight @ v) > 0.5 * (1 - float(v @ domain) ** 2)).all()
+    assert (weight @ domain).abs().max() < 0.15, "half of that of the domains would be there without the pull"
+    for e in range(experts):
+        token, rank = (ids == e).nonzero(as_tuple=True)
+        expected = (gates[token, rank] * (h[token] @ weight[e]).exp()).sum() / gates[token, rank].sum()
+        assert torch.allclose(factor[e], expected)
 
 
 def chosen(decoder, windows, choice):
@@ -106,7 +128,7 @@ def test_learning_goes_on_where_it_was(model):
     start = measure(decoder, windows, silent).rule()
     dial = calibrate(decoder, start, windows, silent)
     prices = float(dial[-1, 1]), float(dial[0, 1])
-    spoiled = bit_router.Rule(start.planes + torch.linspace(-2, 2, 3)[: len(start.planes), None, None], start.powers * 0.5)
+    spoiled = bit_router.Rule(start.planes + torch.linspace(-2, 2, 3)[: len(start.planes), None, None], start.powers * 0.5, start.weight)
     teacher = lambda part: bit_router.full_width(decoder, part)  # noqa: E731
     whole, half = (Learner(decoder, spoiled, prices, 4, seed=3) for _ in range(2))
     for _ in range(4):
