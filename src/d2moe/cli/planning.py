@@ -125,8 +125,8 @@ def plan(
     MODEL is a converted model, or the config.json of one that is not at hand. Speeds are simulated for one sequence, with routing that
     is made up with the statistics of real models unless --trace has some; "-" does not fit. A device known by two bandwidths is a guess.
 
-    With --optimize it says which --bits to give instead: the widest average whose widths, spent by the model's width router, or by one made
-    from the losses that calibration measured, reach the target.
+    With --optimize it says which --bits to give instead: the widest average whose widths, spent by the model's width router if that looks at
+    gates alone, else by one made from the losses that calibration measured, reach the target.
 
     \b
     Examples:
@@ -208,15 +208,15 @@ def _optimize(
     from d2moe.container import Container, read_router, write_router
     from d2moe.errors import MemoryBudgetError
     from d2moe.runtime.config import EngineConfig, show_bytes
-    from d2moe.simulate.optimize import from_losses, optimise
+    from d2moe.simulate.optimize import from_losses, gates_alone, optimise
     from d2moe.simulate.plan import experts_bytes
 
     container = Container.open(path)
     router = read_router(container)
     if write and router is not None:
         raise ConfigError(f'{path} has a width router, which is used; "d2moe route remove {path}" takes it out, to --write another')
-    made = router is None
-    router = router or from_losses(container, trace)
+    made = router is None or not gates_alone(router)
+    router = from_losses(container, trace) if router is None or made else router
     rows, done = [], 0
     with Bar("searching") as bar:
         for number, budget in enumerate(budgets):
