@@ -402,8 +402,13 @@ class Learner:
         if index not in decoder.moe_layers:
             return decoder.layer(index, x, uniform(MAX_BITS))
         m = decoder.moe_layers.index(index)
-        found: list[Routed] = []
-        rest = decoder.layer(index, x, lambda *routed: found.append(routed) or torch.zeros_like(routed[2]))  # all but the experts
+        found: list[tuple[Tensor, ...]] = []
+
+        def none(*routed: Tensor) -> Tensor:
+            found.append(routed)
+            return torch.zeros_like(routed[2])
+
+        rest = decoder.layer(index, x, none)  # all but the experts
         flat, h, ids, gates = found[0]
         values = Rule(**self._parts).values(m, flat, h, ids, gates)
         step = (values >= price).sum(-1, keepdim=True)
