@@ -141,7 +141,7 @@ def test_the_compiled_rule_is_that_of_its_twin(routed, rng):
     _, twin_ids, twin = fed(path, tokens, 3.3, kernels="reference")
     same = (ids == twin_ids).all(-1)
     assert same.mean() > 0.9 and (wide == twin)[same].mean() > 0.98
-    assert 2 < wide.mean() < 8 and router.price(3.3) == pytest.approx(np.interp(3.3, router.dial[:, 0], router.dial[:, 1]))
+    assert 0.5 < wide.mean() < 8 and router.price(3.3) == pytest.approx(np.interp(3.3, router.dial[:, 0], router.dial[:, 1]))
 
 
 def test_dials_that_cannot_be_had_are_refused(routed, tmp_path):

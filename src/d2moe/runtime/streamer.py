@@ -146,8 +146,9 @@ class Streamer:
             asked = bits
             bits, gates = policy.choose(layer, ids, asked, decoder.program.gates)
             if bits is not asked:
-                decoder.program.choose(np.ascontiguousarray(bits, np.int32), gates)
+                # Before the core overwrites what was asked; what the width router itself left out counts as 0 bits.
                 c.uses -= int(np.count_nonzero(asked)) - int(np.count_nonzero(bits))
+                decoder.program.choose(np.ascontiguousarray(bits, np.int32), gates)
         self._plan = plan = policy.plan(layer, ids, bits)
         c.plans += 1
         c.missing_bytes += plan.missing_bytes
