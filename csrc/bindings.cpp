@@ -113,13 +113,14 @@ struct PyRouter {
 struct PyWidths {
   WidthRouter router;
   In<float> planes;
-  std::optional<In<float>> weight;
+  std::optional<In<float>> weight, base;
 
-  PyWidths(In<float> planes_, std::optional<In<float>> weight_, float gate_power, float norm_power)
-      : planes(std::move(planes_)), weight(std::move(weight_)) {
+  PyWidths(In<float> planes_, std::optional<In<float>> weight_, std::optional<In<float>> base_, float gate_power, float norm_power)
+      : planes(std::move(planes_)), weight(std::move(weight_)), base(std::move(base_)) {
     expect(planes.ndim() == 2 && planes.shape(1) == kPlanes, "planes is [experts, 6]");
     expect(!weight || (weight->ndim() == 2 && weight->shape(0) == planes.shape(0)), "weight is [experts, hidden]");
-    router = {planes.data(), weight ? weight->data() : nullptr, gate_power, norm_power};
+    expect(!base || (base->ndim() == 1 && base->shape(0) == planes.shape(0)), "base is [experts]");
+    router = {planes.data(), weight ? weight->data() : nullptr, base ? base->data() : nullptr, gate_power, norm_power};
   }
 };
 
@@ -376,7 +377,8 @@ NB_MODULE(_native, m) {
   nb::class_<PyRouter>(m, "Router")
       .def(nb::init<In<float>, In<float>, int64_t, bool, float>(), "norm"_a, "weight"_a, "top_k"_a, "normalise"_a, "eps"_a);
   nb::class_<PyWidths>(m, "WidthRouter")
-      .def(nb::init<In<float>, std::optional<In<float>>, float, float>(), "planes"_a, "weight"_a.none(), "gate_power"_a, "norm_power"_a);
+      .def(nb::init<In<float>, std::optional<In<float>>, std::optional<In<float>>, float, float>(), "planes"_a, "weight"_a.none(),
+           "base"_a.none(), "gate_power"_a, "norm_power"_a);
   nb::class_<PyFeedForward>(m, "FeedForward")
       .def(nb::init<const PyLinear&, const PyLinear&, const PyLinear&, std::optional<In<float>>, std::optional<In<float>>, float>(),
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), "gate"_a, "up"_a, "down"_a, "mix"_a.none(),

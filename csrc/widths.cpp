@@ -20,6 +20,10 @@ void choose_widths(Runtime& rt, const WidthRouter* router, int64_t hidden, int64
         const int64_t e = ids[t * top_k + k];
         float value = token + router->gate_power * std::log(std::max(gates[t * top_k + k], kTiny));
         if (router->weight) value += rt.table->dot_f32(router->weight + e * hidden, h + t * hidden, hidden);
+        if (router->base && value + router->base[e] < dials.price[t]) {
+          out[k] = 0;
+          continue;
+        }
         const float* planes = router->planes + e * kPlanes;
         while (out[k] < most && value + planes[out[k] - kBaseBits] >= dials.price[t]) ++out[k];
       }

@@ -6,9 +6,11 @@ namespace d2moe {
 
 // The width router of one layer. The value of plane b (3 to 8) of expert e to a token is, as a logarithm,
 //   gate_power * log(gate) + norm_power * log(mean of x^2) + weight[e] . h + planes[e][b - 3]
+// and that of each of the first two bits has base[e] there: below its price the expert is left out, at 0 bits.
 struct WidthRouter {
   const float* planes = nullptr; // [experts, kPlanes], finite, not ascending along a row
   const float* weight = nullptr; // [experts, hidden] or none
+  const float* base = nullptr;   // [experts], finite, or none: every expert has two bits at least
   float gate_power = 0.0f, norm_power = 0.0f;
 };
 

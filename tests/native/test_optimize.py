@@ -76,5 +76,5 @@ def test_a_router_from_measured_losses_runs(tmp_path, monkeypatch, capsys):
     assert cli.main([*command, "--target", "1"]) == 2 and cli.main([*command[:-1], "--target-bytes", "1MB"]) == 2
     container = Container.open(path)
     container.manifest.quantizer.pop("targets")
-    with pytest.raises(ConfigError, match="neither a width router nor measured losses"):
+    with pytest.raises(ConfigError, match="neither measured losses nor a width router"):
         from_losses(container, trace)

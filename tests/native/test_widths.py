@@ -20,21 +20,22 @@ from d2moe.runtime.request import Chunk
 LAYERS, EXPERTS, HIDDEN = 4, 16, 256
 
 
-def random_router(rng, weight=True):
-    """Values around e^0, so that prices from 1.5 to -6 give averages between 2 and 8."""
+def random_router(rng, weight=True, base=True):
+    """Values around e^0, so that prices from 1.5 to -6 give averages between 2 and 8; with `base`, 0 bits here and there."""
     planes = np.sort(rng.normal(0, 1.5, (LAYERS, EXPERTS, 6)), -1)[..., ::-1]
     powers = np.stack([rng.uniform(0.5, 2.5, LAYERS), rng.uniform(-1, 0.5, LAYERS)], 1)
     dial = np.stack([np.linspace(2.1, 7.9, 9), np.linspace(1.5, -6, 9)], 1)
     arrays = planes, powers, rng.normal(0, 0.05, (LAYERS, EXPERTS, HIDDEN)) if weight else None, dial
+    arrays = *arrays, planes[..., 0] + rng.exponential(0.5, (LAYERS, EXPERTS)) if base else None
     return BitRouter(*(None if a is None else np.ascontiguousarray(a, np.float32) for a in arrays))
 
 
-@pytest.fixture(params=[True, False], ids=["hidden", "gate only"])
+@pytest.fixture(params=[(True, True), (False, True), (False, False)], ids=["hidden", "gate only", "two bits at least"])
 def routed(request, rng, tmp_path):
     """(folder of the built-in model with a random width router, the router)."""
     path = tmp_path / "routed.d2moe"
     shutil.copytree(d2moe.builtin_model(), path)
-    router = random_router(rng, request.param)
+    router = random_router(rng, *request.param)
     write_router(path, router, {"method": "random"})
     return path, router
 
@@ -60,10 +61,11 @@ def fed(path, tokens, bits, cuts=(), uniform=False, **options):
 
 @pytest.mark.parametrize("bits", [2.3, 3, 5.7])
 def test_nothing_but_the_tokens_decides_the_widths(routed, rng, bits):
-    path, _ = routed
+    path, router = routed
     tokens = tokens_of(rng)
     expected, _, wide = fed(path, tokens, bits, threads=1)
     assert len(np.unique(wide)) > 1, "a router that never varies tests nothing"
+    assert (wide == 0).any() == (router.base is not None) and not (wide == 1).any()
     for options in (
         {"expert_memory_bytes": 262144},
         {"expert_memory_bytes": 900_000, "threads": 3, "direct": False},
@@ -97,12 +99,12 @@ def test_company_with_other_dials_does_not_show(routed, rng):
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_plain_width_is_what_it_was_without_a_router(routed, rng, bits):
-    path, _ = routed
+    path, router = routed
     tokens = tokens_of(rng, 50)
     expected, _, wide = fed(d2moe.builtin_model(), tokens, bits, uniform=True)
     found, _, also = fed(path, tokens, bits, uniform=True)
     assert np.array_equal(found, expected) and (wide == bits).all() and (also == bits).all()
-    if bits in (2, 8):  # the ends of the dial
+    if bits == 8 or (bits == 2 and router.base is None):  # the ends of the dial
         assert np.array_equal(fed(path, tokens, bits)[0], expected)
 
 
@@ -120,10 +122,15 @@ def test_widths_are_those_of_the_rule(rng):
     price = rng.normal(0, 2, n).astype(np.float32)
     value = 1.5 * np.log(gates.astype(float)) - 0.5 * np.log(np.square(x.astype(float)).mean(-1))[:, None]
     value = (value + np.einsum("tkh,th->tk", weight[ids].astype(float), h))[..., None] + planes[ids]
-    clear = np.abs(value - price[:, None, None]).min(-1) > 1e-4
+    base = planes[:, 0] + rng.exponential(1, EXPERTS).astype(np.float32)
+    first = value[..., 0] - planes[ids][..., 0] + base[ids]
+    clear = np.minimum(np.abs(value - price[:, None, None]).min(-1), np.abs(first - price[:, None])) > 1e-4
     expected = np.clip(2 + (value >= price[:, None, None]).sum(-1), least[:, None], most[:, None])
-    found = reference.WidthRouter(planes, weight, 1.5, -0.5).widths(x, h, ids, gates, least, most, price)
+    found = reference.WidthRouter(planes, weight, None, 1.5, -0.5).widths(x, h, ids, gates, least, most, price)
     assert clear.mean() > 0.99 and np.array_equal(found[clear], expected[clear])
+    expected[(first < price[:, None]) & (least < most)[:, None]] = 0
+    found = reference.WidthRouter(planes, weight, base, 1.5, -0.5).widths(x, h, ids, gates, least, most, price)
+    assert np.array_equal(found[clear], expected[clear]) and 0.1 < (found == 0).mean() < 0.9
 
 
 def test_the_compiled_rule_is_that_of_its_twin(routed, rng):
@@ -134,7 +141,7 @@ def test_the_compiled_rule_is_that_of_its_twin(routed, rng):
     _, twin_ids, twin = fed(path, tokens, 3.3, kernels="reference")
     same = (ids == twin_ids).all(-1)
     assert same.mean() > 0.9 and (wide == twin)[same].mean() > 0.98
-    assert 2 < wide.mean() < 8 and router.price(3.3) == pytest.approx(np.interp(3.3, router.dial[:, 0], router.dial[:, 1]))
+    assert 0.5 < wide.mean() < 8 and router.price(3.3) == pytest.approx(np.interp(3.3, router.dial[:, 0], router.dial[:, 1]))
 
 
 def test_dials_that_cannot_be_had_are_refused(routed, tmp_path):

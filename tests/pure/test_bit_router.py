@@ -30,7 +30,7 @@ def router_for(container: Container, weight: bool = True) -> BitRouter:
     planes = np.sort(rng.normal(size=(layers, experts, 6)).astype(np.float32))[..., ::-1].copy()
     powers, extra = (rng.normal(size=s).astype(np.float32) for s in ((layers, 2), (layers, experts, hidden)))
     dial = np.array([[2.5, 1], [3, 0], [4, -2]], np.float32)
-    return BitRouter(planes, powers, extra if weight else None, dial)
+    return BitRouter(planes, powers, extra if weight else None, dial, planes[..., 0] + 1 if weight else None)
 
 
 @pytest.mark.parametrize("weight", [True, False])
@@ -92,9 +92,10 @@ def test_damage_is_refused_by_name(container: Container) -> None:
 
 
 def test_numbers_that_are_no_router_are_refused(container: Container) -> None:
-    good = router_for(container)
+    good = router_for(container, weight=False)
     for bad, message in (
         (replace(good, planes=good.planes[..., ::-1]), "worth more than the one before"),
+        (replace(good, base=good.planes[..., 0] - 1), "a third bit is worth more"),
         (replace(good, powers=good.powers * np.float32(np.nan)), "powers has numbers that are not finite"),
         (replace(good, dial=good.dial[::-1].copy()), "ascending widths"),
     ):

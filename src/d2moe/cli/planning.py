@@ -125,8 +125,8 @@ def plan(
     MODEL is a converted model, or the config.json of one that is not at hand. Speeds are simulated for one sequence, with routing that
     is made up with the statistics of real models unless --trace has some; "-" does not fit. A device known by two bandwidths is a guess.
 
-    With --optimize it says which --bits to give instead: the widest average whose widths, spent by the model's width router, or by one made
-    from the losses that calibration measured, reach the target.
+    With --optimize it says which --bits to give instead: the widest average whose widths, spent by the model's width router if it looks at
+    gates alone, else by one made from the losses that calibration measured, reach the target.
 
     \b
     Examples:
@@ -208,15 +208,16 @@ def _optimize(
     from d2moe.container import Container, read_router, write_router
     from d2moe.errors import MemoryBudgetError
     from d2moe.runtime.config import EngineConfig, show_bytes
-    from d2moe.simulate.optimize import from_losses, optimise
+    from d2moe.simulate.optimize import from_losses, gates_alone, optimise
     from d2moe.simulate.plan import experts_bytes
 
     container = Container.open(path)
     router = read_router(container)
     if write and router is not None:
         raise ConfigError(f'{path} has a width router, which is used; "d2moe route remove {path}" takes it out, to --write another')
-    made = router is None
-    router = router or from_losses(container, trace)
+    without = router is None
+    if router is None or not gates_alone(router):
+        router = from_losses(container, trace)
     rows, done = [], 0
     with Bar("searching") as bar:
         for number, budget in enumerate(budgets):
@@ -242,7 +243,7 @@ def _optimize(
         about = {"method": "losses", "teacher": "calibration", "tokens": trace.tokens}
         write_router(path, router, about)
         click.echo(f"{path}: the width router from measured losses was written, so --bits takes any number", err=True)
-    elif made:
+    elif without:
         click.echo(f"{path} has no width router; --write puts the one from measured losses into it, then --bits takes any number", err=True)
 
 

@@ -35,8 +35,12 @@ from d2moe.errors import ConfigError, D2MoeError
     show_default=True,
     help="From measured errors, or from there by gradients; then the better of the two is kept.",
 )
-@click.option("--tokens", type=click.IntRange(min=1024), default=16384, show_default=True, help="Tokens of text, a quarter held back.")
-@click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True, help="Batches of 1,024 tokens for --method learned.")
+@click.option(
+    "--tokens", type=click.IntRange(min=1024), default=16384, show_default=True, help="Tokens to measure on, a quarter of them held back."
+)
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=300, show_default=True, help="Batches of 1,024 tokens of more text to learn from."
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads [default: torch's].")
 def train(
     model: str, texts: tuple[str, ...], reference: str | None, method: str, tokens: int, steps: int, threads: int | None
@@ -61,7 +65,7 @@ def train(
     path = model_path(model)
     Container.open(path)  # says better what is wrong with something that is no container at all
     tokenizer = Tokenizer.load(path)
-    tokenised = [tokenizer.encode(read_text(text)) for text in texts]
+    tokenised = {text: tokenizer.encode(read_text(text)) for text in texts}
     with contextlib.ExitStack() as bars:
 
         def stage(name: str) -> Any:
@@ -107,7 +111,7 @@ def remove(model: str) -> None:
 def show(model: str, text: str, as_json: bool, **engine: Any) -> None:
     """Show how many bits MODEL takes for each token of TEXT, in each layer and of each expert.
 
-    A cell has the experts of a token in a layer, the one with the largest gate first, each with its width.
+    A cell has the experts of a token in a layer, the one with the largest gate first, each with its width, – if it was left out.
 
     \b
     Examples:
@@ -124,7 +128,7 @@ def show(model: str, text: str, as_json: bool, **engine: Any) -> None:
     _draw(Path(model).name, found)
 
 
-COLOURS = {2: "bright_black", 3: "blue", 4: "cyan", 5: "green", 6: "yellow", 7: "red", 8: "bold red"}
+COLOURS = {0: "bright_black", 2: "bright_black", 3: "blue", 4: "cyan", 5: "green", 6: "yellow", 7: "red", 8: "bold red"}
 
 
 def _draw(name: str, found: dict[str, Any]) -> None:
@@ -146,7 +150,7 @@ def _draw(name: str, found: dict[str, Any]) -> None:
         for layer in token["layers"]:
             cell = Text()
             for expert, bits in zip(layer["experts"], layer["bits"], strict=True):
-                cell.append(f"{expert:>3}:").append(str(bits), COLOURS[bits]).append(" ")
+                cell.append(f"{expert:>3}:").append(str(bits or "–"), COLOURS[bits]).append(" ")
             cells.append(cell)
         table.add_row(Text(repr(token["text"])[1:-1]), *cells, f"{token['average_bits']:.2f}")
     means = [f"{bits:.2f}" for bits in found["layer_bits"]]

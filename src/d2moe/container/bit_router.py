@@ -4,6 +4,7 @@ An optional file of a container (docs/format.md, section 8); docs/routing.md say
 
     planes  [layers, experts, 6]       logarithm of the value of planes 3 to 8, not ascending; layers with experts only
     powers  [layers, 2]                of the gate and of the residual's mean square
+    base    [layers, experts]          logarithm of the value of each of the first two bits; absent, no expert is left out
     weight  [layers, experts, hidden]  meets the normed input; may be absent
     dial    [n, 2]                     average width, ascending, and the price that gives it, the logarithm of a value
 """
@@ -43,6 +44,7 @@ class BitRouter:
     powers: F32
     weight: F32 | None
     dial: F32
+    base: F32 | None = None
 
     def price(self, bits: float) -> float:
         """The price at which tokens take `bits` on average, by straight lines between the points of the table."""
@@ -52,7 +54,8 @@ class BitRouter:
         """What a back end's `WidthRouter` takes for a layer, counted among those with experts."""
         gate_power, norm_power = self.powers[index].tolist()
         weight = None if self.weight is None else self.weight[index]
-        return {"planes": self.planes[index], "weight": weight, "gate_power": gate_power, "norm_power": norm_power}
+        base = None if self.base is None else self.base[index]
+        return {"planes": self.planes[index], "weight": weight, "base": base, "gate_power": gate_power, "norm_power": norm_power}
 
     @property
     def n_bytes(self) -> int:
@@ -60,7 +63,7 @@ class BitRouter:
 
     @property
     def tensors(self) -> dict[str, F32]:
-        all_of_it = {"planes": self.planes, "powers": self.powers, "weight": self.weight, "dial": self.dial}
+        all_of_it = {"planes": self.planes, "powers": self.powers, "weight": self.weight, "dial": self.dial, "base": self.base}
         return {name: tensor for name, tensor in all_of_it.items() if tensor is not None}
 
 
@@ -79,8 +82,8 @@ def read_router(container: Container) -> BitRouter | None:
     layers, experts = len(container.moe_layers), container.experts
     points = entries["dial"].shape[0] if "dial" in entries and entries["dial"].shape else 0
     shapes = {"planes": (layers, experts, MAX_BITS - BASE_BITS), "powers": (layers, 2), "dial": (max(points, 2), 2)}
-    if "weight" in entries:
-        shapes["weight"] = (layers, experts, container.record.hidden)
+    optional = {"weight": (layers, experts, container.record.hidden), "base": (layers, experts)}
+    shapes |= {name: shape for name, shape in optional.items() if name in entries}
     found: dict[str, F32] = {}
     for name, shape in shapes.items():
         e = entries.get(name)
@@ -88,7 +91,7 @@ def read_router(container: Container) -> BitRouter | None:
             what = f"{e.dtype} {list(e.shape)}" if e else "missing"
             raise ContainerError(f"{path}: tensor {name} is {what}, expected F32 {list(shape)}; {RETRAIN}")
         found[name] = np.frombuffer(data, DTYPES["F32"], e.n_bytes // 4, e.offset).reshape(shape)
-    router = BitRouter(found["planes"], found["powers"], found.get("weight"), found["dial"])
+    router = BitRouter(found["planes"], found["powers"], found.get("weight"), found["dial"], found.get("base"))
     check(router, str(path))
     return router
 
@@ -100,6 +103,8 @@ def check(router: BitRouter, where: str) -> None:
             raise ContainerError(f"{where}: {name} has numbers that are not finite; {RETRAIN}")
     if (np.diff(router.planes, axis=-1) > 0).any():
         raise ContainerError(f"{where}: a plane of planes is worth more than the one before it; {RETRAIN}")
+    if router.base is not None and (router.base < router.planes[..., 0]).any():
+        raise ContainerError(f"{where}: a third bit is worth more than each of the first two; {RETRAIN}")
     if (np.diff(router.dial[:, 0]) <= 0).any() or (np.diff(router.dial[:, 1]) > 0).any():
         raise ContainerError(f"{where}: dial is {router.dial[:3].tolist()} …, expected ascending widths and falling prices; {RETRAIN}")
 

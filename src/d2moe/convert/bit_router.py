@@ -1,25 +1,28 @@
 """Making a width router: what a plane of an expert is worth to a token, measured or learned, and the dial's table of prices.
 
-The value of plane b of expert e in layer l to a token, in nats of the token's KL divergence from full width, is taken as
+The value of step s of expert e in layer l to a token, in nats of the token's KL divergence from full width for each bit, is taken as
 
-    gate^2 * planes[l, e, b]          "measured"
-    gate^p * (mean x^2)^q * exp(weight[l, e] . h) * planes[l, e, b]      "learned"
+    gate^2 * exp(weight[l, e] . h) * planes[l, e, s]                     "measured"
+    gate^p * (mean x^2)^q * exp(weight[l, e] . h) * planes[l, e, s]      "learned"
 
-measured: D[l, e, b], the mean squared difference of an expert's output at b bits from that at 8, is taken from a run over the
-text; S[l], what a squared difference in a layer costs at the end, from runs with one layer alone at SENSE_BITS. A plane's value is
-the step of D times S.
+The steps are the first two bits together, without which an expert is left out, and the planes 3 to 8.
+
+measured: D[l, e, b], the mean squared difference of an expert's output at b bits from that at 8 (at 0: its own square), is taken from a
+run over the text; S[l], what a squared difference in a layer costs at the end, from runs with one layer alone at SENSE_BITS. A step's
+value is that of D times S, divided by its bits. Tokens differ: `weight` is the ridge regression of the logarithm of a token's own squared
+difference on its normed input, and D is what is left beside it.
 
 learned: from there by gradients, as in arXiv 2504.15299 (distillation, a price per bit, weights frozen). The loss is the KL
 divergence from the teacher over the price, plus the bits taken; the price is drawn anew for each batch, so one router serves all
 averages and no capacities are needed against collapse. Estimator: straight-through. Forward a plane is taken or not; backward
-its switch is a sigmoid of (log value - log price) / TEMPERATURE, and a pair's output is f_2 + sum of switch_b (f_b - f_(b-1)).
+its switch is a sigmoid of (log value - log price) / TEMPERATURE, and a pair's output after step s is f_s + switch_(s+1) (f_(s+1) - f_s) +
+(switch_s - 1) (f_s - f_(s-1)): only the steps next to the choice can move it, and others need not be computed.
 Deviations from the paper: it has a softmax over widths and one fixed price.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,11 @@ BATCH = 16
 LEARN_BATCH = 4
 SENSE_BITS = 3
 PRIOR = 0.1
+FITTED_BITS = (2, 3, 4)
+RIDGE = 1.0
+"""Of the inputs' mean square: halves what the text says of a direction as strong as the mean one."""
+DRIFT = 30.0
+"""How much more a direction counts along which whole windows differ: by those, the average of another domain's text would drift."""
 TEMPERATURE = 0.7
 RATE = 0.02
 PRICED = (2.1, 5.0)
@@ -48,22 +56,40 @@ DIAL_STEP = 0.05
 TINY = 1e-30
 
 Progress = Callable[[int, int], None]
-PLANES = MAX_BITS - BASE_BITS
+Texts = Mapping[str, Sequence[int]]
+"""Tokens by the name of the file they are of."""
+STEPS = torch.tensor([0, *WIDTHS])
+"""Widths after each step of value, 0 before the first."""
+COSTS = STEPS.diff().float()
 
 
-def windows_of(texts: Sequence[Sequence[int]], tokens: int) -> tuple[Tensor, Tensor]:
-    """(windows to train on, windows held back for the report), int64 [n, WINDOW]: equal parts of each text, `tokens` in all.
+def windows_of(texts: Texts, tokens: int, learn: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """(windows to measure on, windows held back for the report, windows to learn from), int64 [n, WINDOW], equal parts of each text.
 
-    RequestError if there are fewer than four windows.
+    `tokens` are measured on and held back, every fourth window, spread evenly over a text: its beginning may be what the weights were
+    calibrated on, and rounding errors there are not those of other text. `learn` windows, or as many as there are, are not held back.
+    RequestError if a text is shorter than a window, or there are fewer than four windows.
     """
     each = max(1, tokens // WINDOW // len(texts))
-    cut = [torch.tensor(text[: len(text) // WINDOW * WINDOW]).view(-1, WINDOW)[:each] for text in texts if len(text) >= WINDOW]
-    count = sum(map(len, cut))
-    if count < 4:
-        raise RequestError(f"the text makes {count} windows of {WINDOW} tokens, expected at least 4; give more of it")
-    every = torch.cat(cut)
-    held = torch.arange(count) % 4 == 3
-    return every[~held], every[held]
+    measured, held, learned = [], [], []
+    for name, text in texts.items():
+        count = len(text) // WINDOW
+        if not count:
+            raise RequestError(f"{name}: has {len(text)} tokens, expected at least {WINDOW}; give a longer text, or leave this one out")
+        cut = torch.tensor(text[: count * WINDOW]).view(-1, WINDOW)
+        chosen = torch.arange(min(each, count)) * count // min(each, count)
+        measured.append(chosen[torch.arange(len(chosen)) % 4 != 3])
+        held.append(chosen[3::4])
+        rest = torch.ones(count, dtype=torch.bool)
+        rest[held[-1]] = False
+        left = rest.nonzero()[:, 0]
+        wanted = min(len(left), -(-learn // len(texts)))
+        learned.append(cut[left[torch.arange(wanted) * len(left) // max(wanted, 1)]])
+        measured[-1], held[-1] = cut[measured[-1]], cut[held[-1]]
+    if not sum(map(len, held)):
+        found = ", ".join(f"{name} {len(text):,}" for name, text in texts.items())
+        raise RequestError(f"too little text, tokens: {found}; expected one of at least {4 * WINDOW:,}; give a longer one")
+    return torch.cat(measured), torch.cat(held), torch.cat(learned)
 
 
 def batches(windows: Tensor, size: int = BATCH) -> Iterator[Tensor]:
@@ -73,14 +99,15 @@ def batches(windows: Tensor, size: int = BATCH) -> Iterator[Tensor]:
 
 @dataclass
 class Rule:
-    """The values of all layers in torch: planes [layers, experts, 6], powers [layers, 2], weight [layers, experts, hidden]."""
+    """The values of all layers in torch: planes [layers, experts, 7], of the first two bits (infinite: an expert is never left out)
+    and of each further one; powers [layers, 2], weight [layers, experts, hidden]."""
 
     planes: Tensor
     powers: Tensor
     weight: Tensor | None = None
 
     def values(self, layer: int, x: Tensor, h: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
-        """Logarithms [n, top_k, 6] of the planes' values; csrc/widths.h has the same sum."""
+        """Logarithms [n, top_k, 7] of the steps' values; csrc/widths.h has the same sum."""
         gate_power, norm_power = self.powers[layer]
         s = gate_power * gates.clamp(min=TINY).log() + norm_power * x.pow(2).mean(-1, keepdim=True).clamp(min=TINY).log()
         if self.weight is not None:
@@ -95,13 +122,15 @@ class Rule:
         """The widths at a price, for each layer with experts."""
 
         def layer(m: int) -> Choose:
-            return lambda x, h, ids, gates: BASE_BITS + (self.values(m, x, h, ids, gates) >= price).sum(-1)
+            return lambda x, h, ids, gates: STEPS[(self.values(m, x, h, ids, gates) >= price).sum(-1)]
 
         return layer
 
     def router(self, dial: np.ndarray[Any, np.dtype[np.float32]]) -> BitRouter:
         weight = None if self.weight is None else self.weight.numpy()
-        return BitRouter(self.monotone().numpy(), self.powers.numpy(), weight, dial)
+        planes = self.monotone()
+        base = planes[..., 0].numpy() if torch.isfinite(planes[..., 0]).all() else None
+        return BitRouter(planes[..., 1:].numpy(), self.powers.numpy(), weight, dial, base)
 
 
 Routed = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -133,24 +162,31 @@ def run(decoder: TorchDecoder, x: Tensor, choose: Callable[[int], Choose], first
 
 @dataclass(frozen=True)
 class Measured:
-    """`difference` [layers, experts, 6] mean squared difference of an expert's output at 2 to 7 bits from that at 8; `mass`
-    [layers, experts] summed squared gates; `sense` [layers] nats of KL per gate^2 * squared difference, summed over pairs."""
+    """`difference` [layers, experts, 7] mean squared difference of an expert's output at 0 and 2 to 7 bits from that at 8; `mass`
+    [layers, experts] summed squared gates; `sense` [layers] nats of KL per gate^2 * squared difference, summed over pairs. `weight`
+    [layers, experts, hidden]: how a token's own squared difference depends on its normed input h, by a factor of exp(weight . h), whose
+    means, weighted with squared gates, are `factor` [layers, experts]."""
 
     difference: Tensor
     mass: Tensor
     sense: Tensor
+    weight: Tensor
+    factor: Tensor
 
-    def rule(self, prior: float = PRIOR) -> Rule:
-        """The untrained start. An expert's difference is mixed with the layer's, which counts as much as `prior` of an even share of
-        the text: experts that the text hardly used know little of themselves. Infinite: one row for a layer."""
+    def rule(self, prior: float = PRIOR, hidden: bool = True) -> Rule:
+        """The untrained start, without `weight` if not `hidden`. An expert's difference is mixed with the layer's, which counts as much as
+        `prior` of an even share of the text: experts that the text hardly used know little of themselves. Infinite: one row for a layer."""
         layers, experts, _ = self.difference.shape
         share = (self.mass / self.mass.sum(-1, keepdim=True))[..., None]
         mean = (self.difference * share).sum(1, keepdim=True)
         own = share / (share + prior / experts)
         d = own * self.difference + (1 - own) * mean
         step = d - torch.cat([d[..., 1:], torch.zeros_like(d[..., :1])], -1)
-        planes = (step * self.sense[:, None, None]).clamp(min=TINY).log()
-        return Rule(planes.cummin(-1)[0].contiguous(), torch.tensor([[2.0, 0.0]]).repeat(layers, 1))
+        planes = (step / COSTS * self.sense[:, None, None]).clamp(min=TINY).log()
+        if hidden:
+            planes = planes - self.factor.log()[..., None]
+        powers = torch.tensor([[2.0, 0.0]]).repeat(layers, 1)
+        return Rule(planes.cummin(-1)[0].contiguous(), powers, self.weight if hidden else None)
 
 
 def measure(decoder: TorchDecoder, windows: Tensor, progress: Progress) -> Measured:
@@ -165,7 +201,8 @@ def measure(decoder: TorchDecoder, windows: Tensor, progress: Progress) -> Measu
         progress(done, total)
 
     full = uniform(MAX_BITS)
-    difference, mass = torch.zeros(len(moe), s.experts, PLANES), torch.zeros(len(moe), s.experts)
+    difference, mass = torch.zeros(len(moe), s.experts, len(COSTS)), torch.zeros(len(moe), s.experts)
+    weight, factor = torch.zeros(len(moe), s.experts, s.hidden), torch.ones(len(moe), s.experts)
     x, inputs = decoder.embed(few), []
     for index in range(s.layers):
         inputs.append(x)
@@ -177,7 +214,9 @@ def measure(decoder: TorchDecoder, windows: Tensor, progress: Progress) -> Measu
         x = torch.cat([decoder.layer(index, part, looking(seen)) for part in batches(x)])
         if index in moe:
             m = moe.index(index)
-            _differences(decoder, index, seen, difference[m], mass[m])
+            _, h, ids, gates = (torch.cat(parts) for parts in zip(*seen, strict=True))
+            own = _differences(decoder, index, h, ids, gates.square(), difference[m], mass[m])
+            _dependence(own, h, ids, gates.square(), weight[m], factor[m])
         tick()
     sense = torch.zeros(len(moe))
     for m, index in enumerate(moe):
@@ -188,21 +227,55 @@ def measure(decoder: TorchDecoder, windows: Tensor, progress: Progress) -> Measu
             tick()
         parts = zip(batches(base), batches(y), strict=True)
         kl = sum(float(divergence(decoder.log_probabilities(p), decoder.log_probabilities(q)).sum()) for p, q in parts)
-        error = (mass[m] * difference[m, :, SENSE_BITS - BASE_BITS]).sum() / windows.numel()  # of a token
+        error = (mass[m] * difference[m, :, STEPS.tolist().index(SENSE_BITS)]).sum() / windows.numel()  # of a token
         sense[m] = kl / few.numel() / error.clamp(min=TINY)
-    return Measured(difference, mass, sense)
+    return Measured(difference, mass, sense, weight, factor)
 
 
-def _differences(decoder: TorchDecoder, index: int, seen: list[Routed], difference: Tensor, mass: Tensor) -> None:
-    _, h, ids, gates = (torch.cat(parts) for parts in zip(*seen, strict=True))
+def _differences(
+    decoder: TorchDecoder, index: int, h: Tensor, ids: Tensor, weights: Tensor, difference: Tensor, mass: Tensor
+) -> Tensor:
+    """Fill `difference` [experts, 7] and `mass` [experts] of a layer; each pair's own mean logarithm [n, top_k] over FITTED_BITS."""
+    own = torch.zeros(ids.shape)
     for expert in ids.unique().tolist():
         token, rank = (ids == expert).nonzero(as_tuple=True)
-        weight = gates[token, rank].square()
+        weight = weights[token, rank]
         full = gated(h[token], decoder.expert(index, expert, MAX_BITS))
-        for column, bits in enumerate(WIDTHS[:-1]):
-            off = (gated(h[token], decoder.expert(index, expert, bits)) - full).square().sum(-1)
+        for column, bits in enumerate(STEPS[:-1].tolist()):
+            off = ((gated(h[token], decoder.expert(index, expert, bits)) if bits else 0) - full).square().sum(-1)
             difference[expert, column] = (weight * off).sum() / weight.sum().clamp(min=TINY)
+            if bits in FITTED_BITS:
+                own[token, rank] += off.clamp(min=TINY).log() / len(FITTED_BITS)
         mass[expert] = weight.sum()
+    return own
+
+
+def _dependence(own: Tensor, h: Tensor, ids: Tensor, weights: Tensor, weight: Tensor, factor: Tensor) -> None:
+    """Fill `weight` [experts, hidden] and `factor` [experts] of a layer from the pairs' logarithms `own` [n, top_k]: one regression for
+    all experts, each about its own mean, and one for what an expert leaves over that met more tokens than there are coefficients."""
+    hidden = h.shape[1]
+    means = h.view(-1, WINDOW, hidden).mean(1)
+    means = means - means.mean(0)
+    domains = means.T @ means / len(means)
+
+    def ridge(square: Tensor, product: Tensor, pairs: int) -> Tensor:
+        pull = RIDGE * square.diagonal().mean().clamp(min=TINY) * torch.eye(hidden) + DRIFT * pairs * domains
+        found: Tensor = torch.linalg.solve(square + pull, product)
+        return found
+
+    square, product, places = torch.zeros(hidden, hidden), torch.zeros(hidden), {}
+    for expert in ids.unique().tolist():
+        token, rank = places[expert] = (ids == expert).nonzero(as_tuple=True)
+        x, y = h[token] - h[token].mean(0), own[token, rank]
+        square += x.T @ x
+        product += x.T @ (y - y.mean())
+    weight += ridge(square, product, ids.numel())
+    for expert, (token, rank) in places.items():
+        if len(token) > hidden:
+            x, y = h[token] - h[token].mean(0), own[token, rank]
+            weight[expert] += ridge(x.T @ x, x.T @ (y - y.mean() - x @ weight[expert]), len(token))
+        w = weights[token, rank]
+        factor[expert] = (w * (h[token] @ weight[expert]).exp()).sum() / w.sum().clamp(min=TINY)
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -219,12 +292,24 @@ def calibrate(decoder: TorchDecoder, rule: Rule, windows: Tensor, progress: Prog
     for number, part in enumerate(batches(windows)):
         seen: list[Routed] = []
         run(decoder, decoder.embed(part), lambda m, seen=seen: looking(seen))  # type: ignore[misc]
-        values += [rule.values(m, *routed).flatten() for m, routed in enumerate(seen)]
+        values += [rule.values(m, *routed).flatten(0, 1) for m, routed in enumerate(seen)]
         progress(min(len(windows), (number + 1) * BATCH), len(windows))
-    ordered = torch.cat(values).sort(descending=True)[0]
-    widths = np.arange(BASE_BITS + DIAL_STEP, MAX_BITS - DIAL_STEP / 2, DIAL_STEP)
-    places = np.clip((widths - BASE_BITS) / PLANES * len(ordered), 0, len(ordered) - 1).astype(np.int64)
-    return np.stack([widths, ordered[places].numpy()], 1).astype(np.float32)
+    widths = np.arange(BASE_BITS, MAX_BITS - DIAL_STEP / 2, DIAL_STEP)
+    dial = np.stack([widths, prices_of(torch.cat(values), widths)], 1).astype(np.float32)
+    return dial[np.isfinite(dial[:, 1])]
+
+
+def prices_of(values: Tensor, averages: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The prices at which pairs with `values` [pairs, 7] take each of `averages` bits."""
+    ordered, order = values.flatten().sort(descending=True)
+    taken = COSTS[order % len(COSTS)].double().cumsum(0) / len(values)
+    places = torch.searchsorted(taken, torch.from_numpy(averages)).clamp(max=len(ordered) - 1)
+    return np.asarray(ordered[places].numpy())
+
+
+def bits_at(values: Tensor, price: float) -> float:
+    """The average width that pairs with `values` [pairs, 7] take at a price."""
+    return float(((values >= price) * COSTS).sum(-1).mean())
 
 
 def score(decoder: TorchDecoder, windows: Tensor, teacher: Sequence[Tensor] | None, choose: Callable[[int], Choose]) -> tuple[float, float]:
@@ -256,19 +341,19 @@ def full_width(decoder: TorchDecoder, windows: Tensor) -> Tensor:
 class Learner:
     """Gradient training of a rule; `state` can be saved between steps and set again."""
 
-    def __init__(self, decoder: TorchDecoder, start: Rule, prices: tuple[float, float], seed: int = 0):
-        self.decoder, self.prices = decoder, prices
-        layers, experts, _ = start.planes.shape
+    def __init__(self, decoder: TorchDecoder, start: Rule, prices: tuple[float, float], steps: int, seed: int = 0):
+        self.decoder, self.prices, self.steps = decoder, prices, steps
         self._parts = {
             "planes": start.planes.clone(),
             "powers": start.powers.clone(),
-            "weight": torch.zeros(layers, experts, decoder.shape.hidden),
         }
+        if start.weight is not None:
+            self._parts["weight"] = start.weight.clone()
         for tensor in self._parts.values():
             tensor.requires_grad_(True)
         # A weight meets `hidden` numbers of size one, so its steps are that much smaller.
         rates = {"planes": RATE, "powers": RATE, "weight": RATE / decoder.shape.hidden}
-        self._adam = torch.optim.Adam([{"params": [t], "lr": rates[n]} for n, t in self._parts.items()], betas=(0.9, 0.98))
+        self._adam = torch.optim.Adam([{"params": [t], "rate": rates[n]} for n, t in self._parts.items()], betas=(0.9, 0.98))
         self._random = torch.Generator().manual_seed(seed)
         self.done = 0
 
@@ -295,46 +380,48 @@ class Learner:
         """One batch drawn from `windows`; the loss."""
         part = windows[torch.randint(len(windows), (LEARN_BATCH,), generator=self._random)]
         low, high = self.prices
-        price = low + (high - low) * float(torch.rand(1, generator=self._random))
+        price = low + (high - low) * torch.rand(len(part), 1, generator=self._random).expand(part.shape)  # one for each window
         taken: list[Tensor] = []
         x = self.decoder.embed(part)
         for index in range(self.decoder.shape.layers):
-            x = self._layer(index, x, price, taken)
-        kl = divergence(teacher(part), self.decoder.log_probabilities(x)).mean()
-        bits = torch.cat(taken).sum() / part.numel()  # of a token, beyond the base
-        loss = kl / math.exp(price) + bits
+            x = self._layer(index, x, price.reshape(-1, 1, 1), taken)
+        kl = divergence(teacher(part), self.decoder.log_probabilities(x))
+        bits = torch.stack(taken).sum(0)  # of a token
+        loss = ((kl / price.exp()).flatten() + bits).mean()
         self._adam.zero_grad()
         loss.backward()
-        for tensor in self._parts.values():
-            torch.nn.utils.clip_grad_norm_([tensor], 1.0)
+        for group in self._adam.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+            group["lr"] = group["rate"] * (1 - self.done / self.steps)  # to nothing at the end: what is left is the mean
         self._adam.step()
         self.done += 1
         return float(loss.detach())
 
-    def _layer(self, index: int, x: Tensor, price: float, taken: list[Tensor]) -> Tensor:
+    def _layer(self, index: int, x: Tensor, price: Tensor, taken: list[Tensor]) -> Tensor:
         decoder = self.decoder
         if index not in decoder.moe_layers:
             return decoder.layer(index, x, uniform(MAX_BITS))
         m = decoder.moe_layers.index(index)
         found: list[tuple[Tensor, ...]] = []
 
-        def none(x: Tensor, h: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
-            found.append((x, h, ids, gates))
-            return torch.zeros_like(ids)
+        def none(*routed: Tensor) -> Tensor:
+            found.append(routed)
+            return torch.zeros_like(routed[2])
 
         rest = decoder.layer(index, x, none)  # all but the experts
         flat, h, ids, gates = found[0]
-        soft = torch.sigmoid((Rule(**self._parts).values(m, flat, h, ids, gates) - price) / TEMPERATURE)
-        switch = (soft > 0.5).float() + soft - soft.detach()
-        taken.append(switch.sum((-1, -2)))
-        out = torch.zeros_like(h)
-        for expert in ids.unique().tolist():
-            token, rank = (ids == expert).nonzero(as_tuple=True)
-            widths = [gated(h[token], decoder.expert(index, expert, bits)) for bits in WIDTHS]
-            y = widths[0]
-            for column in range(PLANES):
-                y = y + switch[token, rank, column, None] * (widths[column + 1] - widths[column])
-            out = out.index_add(0, token, gates[token, rank, None] * y)
+        values = Rule(**self._parts).values(m, flat, h, ids, gates)
+        step = (values >= price).sum(-1, keepdim=True)
+        soft = torch.sigmoid((values - price) / TEMPERATURE)
+        moves = torch.nn.functional.pad(soft - soft.detach(), (1, 1))  # nothing but gradients; none below 0 bits or above 8
+        last, further = moves.gather(-1, step), moves.gather(-1, step + 1)
+        below, here, above = (STEPS[(step + n).clamp(0, len(COSTS))] for n in (-1, 0, 1))
+        y = decoder.each_expert(index, h, ids, here[..., 0])
+        with torch.no_grad():
+            less = y - decoder.each_expert(index, h, ids, below[..., 0])
+            more = decoder.each_expert(index, h, ids, above[..., 0]) - y
+        taken.append((here + last * (here - below) + further * (above - here)).sum((-1, -2)))
+        out = (gates[..., None] * (y + last * less + further * more)).sum(1)
         return rest + out.view_as(rest)
 
 

@@ -6,8 +6,8 @@ What was done is kept in MODEL.router.partial (a file beside the container) unti
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from d2moe.convert.bit_router import (
     Learner,
     Measured,
     Rule,
+    Texts,
     batches,
     calibrate,
     full_width,
@@ -57,7 +58,7 @@ class Trained:
 
 def train(
     path: Path,
-    texts: Sequence[Sequence[int]],
+    texts: Texts,
     *,
     reference: str | Path | None = None,
     method: str = "measured",
@@ -68,9 +69,10 @@ def train(
 ) -> Trained:
     """Make a width router for the container at `path` from tokenised `texts`, and write it into the container.
 
-    `tokens` of the texts are used, a quarter of them held back for the report. `learned` trains for `steps` batches of LEARN_BATCH
-    windows; its router is written only if it is better than the measured one on what was held back. The teacher is the checkpoint in
-    `reference`, else the container at 8 bits. Interrupted, it leaves PATH.router.partial and raises KeyboardInterrupt that says so.
+    `tokens` of the texts are measured on, a quarter of them held back for the report. `learned` trains for `steps` batches of
+    LEARN_BATCH windows, from all of the texts but what is held back; its router is written only if it is better there than the
+    measured one. The teacher is the checkpoint in `reference`, else the container at 8 bits. Interrupted, it leaves PATH.router.partial
+    and raises KeyboardInterrupt that says so.
     Raises ConfigError, RequestError (too little text), CheckpointError (the reference), StorageError (nothing can be written).
     """
     if method not in METHODS:
@@ -79,12 +81,13 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     decoder = TorchDecoder(container)
-    windows, held = windows_of(texts, tokens)
-    kept = _Kept(path, windows, seal=hashlib.sha256(container.path.joinpath("checksums.safetensors").read_bytes()).hexdigest())
+    windows, held, more = windows_of(texts, tokens, steps * LEARN_BATCH if method == "learned" else 0)
+    seal = hashlib.sha256(container.path.joinpath("checksums.safetensors").read_bytes()).hexdigest()
+    kept = _Kept(path, {"seal": seal, "text": _digest(windows), "version": "2"})
     try:
         if "measured" not in kept.state:
             found = measure(decoder, windows, stage("measuring"))
-            kept.put(measured=[found.difference, found.mass, found.sense])
+            kept.put(measured=[getattr(found, field.name) for field in fields(found)])
         measured = Measured(*kept.state["measured"])
         candidates = {"measured": measured.rule()}
         teacher: Callable[[Tensor], Tensor] = lambda part: full_width(decoder, part)  # noqa: E731
@@ -93,11 +96,15 @@ def train(
         dials = {"measured": calibrate(decoder, candidates["measured"], windows, stage("calibrating"))}
         if method == "learned":
             start = candidates["measured"].router(dials["measured"])
-            candidates[method] = _learn(decoder, candidates["measured"], start, windows, teacher, steps, kept, stage("training"))
+            learner = Learner(decoder, candidates["measured"], (start.price(PRICED[1]), start.price(PRICED[0])), steps)
+            course = [_digest(more), steps, str(reference)]
+            candidates[method] = _learn(learner, more, teacher, kept, course, stage("training"))
             dials[method] = calibrate(decoder, candidates[method], windows, stage("calibrating again"))
         routers = {name: rule.router(dials[name]) for name, rule in candidates.items()}
         table, best = _compare(decoder, candidates, routers, held, teacher, stage("comparing"))
     except KeyboardInterrupt:
+        if not kept.state:
+            raise
         raise KeyboardInterrupt(f"{kept.path} has what was done; the same command goes on there") from None
     about = {"method": best, "tokens": windows.numel(), "window": WINDOW}
     write_router(path, routers[best], about)
@@ -106,23 +113,21 @@ def train(
 
 
 def _learn(
-    decoder: TorchDecoder,
-    start: Rule,
-    router: BitRouter,
+    learner: Learner,
     windows: Tensor,
     teacher: Callable[[Tensor], Tensor],
-    steps: int,
     kept: _Kept,
+    course: list[Any],
     progress: Callable[[int, int], None],
 ) -> Rule:
-    learner = Learner(decoder, start, (router.price(PRICED[1]), router.price(PRICED[0])))
-    if "learner" in kept.state:
+    """Train to the end, from where the same `course` was left."""
+    if kept.state.get("course") == course:
         learner.state = kept.state["learner"]
-    while learner.done < steps:
-        progress(learner.done, steps)
+    while learner.done < learner.steps:
+        progress(learner.done, learner.steps)
         learner.step(windows, teacher)
-        if learner.done % KEEP_EVERY == 0:
-            kept.put(learner=learner.state)
+        if learner.done % KEEP_EVERY == 0 or learner.done == learner.steps:
+            kept.put(learner=learner.state, course=course)
     return learner.rule
 
 
@@ -153,12 +158,15 @@ def _compare(
     return table, min(sums, key=lambda name: sums[name])
 
 
-class _Kept:
-    """What an interrupted training has done so far, if it was of the same container and the same text."""
+def _digest(windows: Tensor) -> str:
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
 
-    def __init__(self, path: Path, windows: Tensor, seal: str):
-        self.path = path.with_name(path.name + ".router.partial")
-        self._key = {"seal": seal, "text": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "batch": LEARN_BATCH}
+
+class _Kept:
+    """What an interrupted training has done so far, if `key`, what it was done with, is the same."""
+
+    def __init__(self, path: Path, key: dict[str, str]):
+        self.path, self._key = path.with_name(path.name + ".router.partial"), key
         self.state: dict[str, Any] = {}
         try:
             found = torch.load(self.path, weights_only=True)

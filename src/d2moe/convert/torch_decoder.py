@@ -95,16 +95,23 @@ class TorchDecoder:
 
     def experts(self, index: int, h: Tensor, ids: Tensor, gates: Tensor, widths: Tensor) -> Tensor:
         """Sum of gate times expert, [n, hidden]; each pair of token and expert at its own width."""
-        out = torch.zeros_like(h)
+        return (gates[..., None] * self.each_expert(index, h, ids, widths)).sum(1)
+
+    def each_expert(self, index: int, h: Tensor, ids: Tensor, widths: Tensor) -> Tensor:
+        """What each expert of each token answers, [n, top_k, hidden], at its own width; 0 for none."""
+        places: list[tuple[Tensor, Tensor]] = []
+        answers: list[Tensor] = []
         for expert in ids.unique().tolist():
-            token, rank = (ids == expert).nonzero(as_tuple=True)
-            wide = widths[token, rank]
-            for bits in wide.unique().tolist():
+            mine = ids == expert
+            for bits in widths[mine].unique().tolist():
                 if bits:
-                    mine = wide == bits
-                    t, y = token[mine], gated(h[token[mine]], self.expert(index, expert, bits))
-                    out = out.index_add(0, t, gates[t, rank[mine], None] * y)
-        return out
+                    places.append((mine & (widths == bits)).nonzero(as_tuple=True))
+                    answers.append(gated(h[places[-1][0]], self.expert(index, expert, bits)))
+        out = h.new_zeros(*ids.shape, h.shape[-1])
+        if not answers:
+            return out
+        token, rank = (torch.cat(part) for part in zip(*places, strict=True))
+        return out.index_put((token, rank), torch.cat(answers))
 
     def expert(self, index: int, expert: int, bits: int) -> list[Tensor]:
         """Gate, up and down of an expert as float32 at `bits`."""

@@ -40,7 +40,7 @@ def routes(model: Model, text: str) -> dict[str, Any]:
         "layers": list(engine.shape.moe_layers),
         "experts_per_token": engine.shape.top_k,
         "layer_bits": wide.mean((1, 2)).tolist(),
-        "shares": {str(width): float((wide == width).mean()) for width in WIDTHS},
+        "shares": {str(width): float((wide == width).mean()) for width in (0, *WIDTHS)},
         "tokens": [
             {
                 "token": token,

@@ -147,8 +147,8 @@ class Router:
 class WidthRouter:
     """How many bits a token asks of an expert; see csrc/widths.h."""
 
-    def __init__(self, planes: F32, weight: F32 | None, gate_power: float, norm_power: float):
-        self.planes, self.weight, self.gate_power, self.norm_power = planes, weight, gate_power, norm_power
+    def __init__(self, planes: F32, weight: F32 | None, base: F32 | None, gate_power: float, norm_power: float):
+        self.planes, self.weight, self.base, self.gate_power, self.norm_power = planes, weight, base, gate_power, norm_power
 
     def widths(self, x: F32, h: F32, ids: I32, gates: F32, least: I32, most: I32, price: F32) -> I32:
         """int32 [tokens, top_k] for experts `ids` with `gates`; least, most and price are [tokens]."""
@@ -158,7 +158,10 @@ class WidthRouter:
         if self.weight is not None:
             value = value + np.einsum("tkh,th->tk", self.weight[ids], h)
         worth = (value[..., None] + self.planes[ids] >= price[:, None, None]).cumprod(-1).sum(-1) + BASE_BITS
-        return np.asarray(np.clip(worth, least[:, None], most[:, None]), np.int32)
+        out = np.clip(worth, least[:, None], most[:, None])
+        if self.base is not None:
+            out[(value + self.base[ids] < price[:, None]) & (least < most)[:, None]] = 0
+        return np.asarray(out, np.int32)
 
 
 class FeedForward:

@@ -58,7 +58,7 @@ class EdgeMoE(WholeExperts):
         self._path.clear()
 
     def choose(self, layer: int, ids: I32, bits: I32, gates: F32) -> tuple[I32, F32 | None]:
-        return np.where(self.low[layer, ids], BASE_BITS, bits).astype(np.int32), None
+        return np.where(self.low[layer, ids] & (bits > 0), BASE_BITS, bits).astype(np.int32), None
 
     def use(self, layer: int, ids: I32, bits: I32) -> None:
         super().use(layer, ids, bits)

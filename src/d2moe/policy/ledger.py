@@ -72,7 +72,7 @@ class Ledger:
             place = ids * SEGMENTS + (bits - BASE_BITS)
             if layers > 1:
                 place += (np.arange(layers, dtype=np.int32) * (self.experts * SEGMENTS))[:, None, None]
-            # Some policies leave choices out: those have 0 bits.
+            # Width router and some policies leave choices out: those have 0 bits.
             wanted = np.bincount(place[bits > 0], minlength=layers * self.experts * SEGMENTS).reshape(layers, self.experts, SEGMENTS)
             wanted = wanted[..., ::-1].cumsum(axis=2)[..., ::-1]  # who wants a plane wants all lower ones
             part = slice(first, first + layers)

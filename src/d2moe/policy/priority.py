@@ -29,4 +29,4 @@ class Priority(Policy):
         rank = np.empty(gates.size, np.int64)
         rank[np.argsort(-gates, axis=None, kind="stable")] = np.arange(gates.size)
         less = np.searchsorted(np.cumsum(CAPACITY[:-1]) * gates.size, rank.reshape(gates.shape), side="right")
-        return np.maximum(bits - less, BASE_BITS).astype(np.int32), None
+        return np.where(bits > 0, np.maximum(bits - less, BASE_BITS), 0).astype(np.int32), None

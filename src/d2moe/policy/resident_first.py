@@ -37,7 +37,8 @@ class ResidentFirst(Policy):
     def choose(self, layer: int, ids: I32, bits: I32, gates: F32) -> tuple[I32, F32 | None]:
         self._asked = bits.copy()  # the caller's array is overwritten with what is chosen
         have = self.ledger.width[layer, ids]
-        chosen = np.where(mass_before(gates) >= HEAVY, np.maximum(have, BASE_BITS), np.maximum(have, bits))
+        light = np.where(bits > 0, np.maximum(have, BASE_BITS), have)  # who was left out stays out, unless it is there
+        chosen = np.where(mass_before(gates) >= HEAVY, light, np.maximum(have, bits))
         if len(ids) > 1:
             widest = np.zeros(self.ledger.experts, np.int32)
             np.maximum.at(widest, ids.reshape(-1), chosen.reshape(-1))

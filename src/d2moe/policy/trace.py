@@ -8,7 +8,7 @@ A trace is one .npz file (NumPy's open format, no pickles), T tokens and S steps
     position  int32 [T]           of each token in its sequence
     sequence  int32 [T]           row of its sequence within the step
     ids       uint16 [N, top_k]   experts, step by step, MoE layer by MoE layer, token by token, in the router's order
-    bits      uint8 [N, top_k]    width asked for of each choice
+    bits      uint8 [N, top_k]    width asked for of each choice, 0 for none
     gates     float32 [N, top_k]
     forecast  int16 [N, ahead, top_k]   the router of the 1st … ahead-th next layer on this layer's input; -1 past the last
     meta      uint8 [n]           JSON: format, layers, experts, top_k, base_bytes, plane_bytes, ends_with_moe, model
@@ -183,8 +183,8 @@ class Trace:
             return f"expert {int(a['ids'].max())} is named and there are {m.experts}"
         if a["forecast"].size and not NO_FORECAST <= int(a["forecast"].min()) <= int(a["forecast"].max()) < m.experts:
             return f"a forecast names an expert that is not one of {m.experts}"
-        if n and (int(a["bits"].min()) < 2 or int(a["bits"].max()) > 8):
-            return "widths are not from 2 to 8 bits"
+        if n and ((a["bits"] == 1).any() or int(a["bits"].max()) > 8):
+            return "widths are not 0, or from 2 to 8 bits"
         return None
 
     def check(self, layers: int, experts: int, top_k: int, where: str) -> None:

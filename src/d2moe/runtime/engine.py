@@ -207,7 +207,7 @@ class Engine:
                 why = "one plain width for all was asked for" if uniform else "the model has no width router"
                 how = "" if uniform else f'; train one with "d2moe route train {self.container.path} --text FILE"'
                 raise RequestError(f"bits is {bits:g}, expected a whole number, since {why}{how}")
-            plain = uniform or self.router is None or bits in (BASE_BITS, MAX_BITS)
+            plain = uniform or self.router is None or bits == MAX_BITS or (bits == BASE_BITS and self.router.base is None)
             if plain or self.router is None:
                 found = int(bits), int(bits), 0.0
             else:

@@ -146,8 +146,9 @@ class Streamer:
             asked = bits
             bits, gates = policy.choose(layer, ids, asked, decoder.program.gates)
             if bits is not asked:
+                # Before the core overwrites what was asked; what the width router itself left out counts as 0 bits.
+                c.uses -= int(np.count_nonzero((bits == 0) & (asked > 0)))
                 decoder.program.choose(np.ascontiguousarray(bits, np.int32), gates)
-                c.uses -= int(np.count_nonzero(bits == 0))
         self._plan = plan = policy.plan(layer, ids, bits)
         c.plans += 1
         c.missing_bytes += plan.missing_bytes

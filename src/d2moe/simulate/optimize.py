@@ -5,7 +5,8 @@ spend the same bits none loses less by the router's own measure. Each price is s
 average that reaches the target is the answer; it is what `--bits` takes. Deviations: JAQ also searches the
 architecture, and bits of a whole expert; those are the case of gates that are all alike.
 
-A model without a width router gets one from the losses that calibration measured (`from_losses`).
+A model whose width router looks at more than gates, which is all a trace has of a token, or that has none gets one for the search from the
+losses that calibration measured (`from_losses`).
 """
 
 from __future__ import annotations
@@ -56,8 +57,7 @@ def from_losses(container: Container, trace: Trace) -> BitRouter:
     names = [f"optional.losses.{layer}" for layer in container.moe_layers]
     if not isinstance(targets, dict) or not all(name in container.dense for name in names):
         raise ConfigError(
-            f"{container.path} has neither a width router nor measured losses; convert it with --calibration FILE, or run "
-            f'"d2moe route train {container.path} --text FILE"'
+            f"{container.path} has neither measured losses nor a width router that looks at gates alone; convert it with --calibration FILE"
         )
     known = np.array([float(b) for b in targets["experts"]])
     order = np.argsort(known)
@@ -67,6 +67,11 @@ def from_losses(container: Container, trace: Trace) -> BitRouter:
     error = np.exp(flat).reshape(*logs.shape[:2], len(WIDTHS))
     planes = np.minimum.accumulate(np.log(np.maximum(error[..., :-1] - error[..., 1:], TINY)), axis=-1)
     return priced(planes, trace)
+
+
+def gates_alone(router: BitRouter) -> bool:
+    """Whether a trace holds all that the router's rule needs, and each expert has two bits at least."""
+    return router.weight is None and router.base is None and not router.powers[:, 1].any()
 
 
 def priced(planes: F64, trace: Trace) -> BitRouter:
@@ -99,8 +104,8 @@ def loss(trace: Trace, router: BitRouter, bits: U8) -> float:
 
 def _values(trace: Trace, router: BitRouter) -> F64:
     """Logarithm of the value of planes 3 to 8 to each choice [calls, top_k, 6]."""
-    if router.weight is not None or router.powers[:, 1].any():
-        raise ConfigError('the width router was learned and looks at more than a trace holds; make a measured one with "d2moe route train"')
+    if not gates_alone(router):
+        raise ConfigError("the width router looks at more than a trace holds, or leaves experts out")
     layer = trace.layers()
     gate = router.powers[layer, :1] * np.log(np.maximum(trace.arrays["gates"], np.float32(TINY)))
     return np.asarray(gate[..., None] + router.planes[layer[:, None], trace.arrays["ids"]], np.float64)
