@@ -101,7 +101,7 @@ def test_help_and_version(run: Run) -> None:
     [
         (["runn"], "did you mean 'run'"),
         (["eval", "perplexty"], "did you mean 'perplexity'"),
-        (["xyzzy"], "there are run, serve, convert"),
+        (["xyzzy"], "there are run, serve, control, convert"),
         (["run", "--bit", "3"], "--bits"),
         (["run", "--memroy", "1GB"], "--memory"),
         (["run", "--bits", "9"], "9.0 is not in the range 2<=x<=8"),

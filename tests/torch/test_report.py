@@ -191,7 +191,7 @@ def test_markdown_has_its_pictures_beside_it(tmp_path: Path) -> None:
         root = ElementTree.parse(tmp_path / name).getroot()
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
     cells = [len(re.findall(r"(?<!\\)\|", line)) for line in shown.splitlines() if line.startswith("|")]
-    assert sorted(set(cells)) == [4, 7, 9]  # worst, layers, widths: every row as wide as its head
+    assert sorted(set(cells)) == [4, 8, 9]  # worst, layers, widths: every row as wide as its head
     assert "{" not in shown
 
 

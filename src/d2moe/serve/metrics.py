@@ -103,7 +103,7 @@ class _Engine(Collector):
         ):
             yield CounterMetricFamily(f"d2moe_{name}", text, total)
         experts = GaugeMetricFamily("d2moe_experts_resident", "Experts in memory at each width", labels=["bits"])
-        uses = CounterMetricFamily("d2moe_expert_uses", "Tokens times their experts, by the width each was computed at", labels=["bits"])
+        uses = CounterMetricFamily("d2moe_expert_uses", "Tokens times their experts, by width; 0 is left out", labels=["bits"])
         planes: list[GaugeMetricFamily | CounterMetricFamily] = [
             GaugeMetricFamily("d2moe_plane_resident_bytes", "Bytes in memory of planes, by the width that each makes", labels=["bits"]),
             CounterMetricFamily("d2moe_plane_wanted_bytes", "Bytes of planes that steps asked for", labels=["bits"]),
@@ -118,7 +118,8 @@ class _Engine(Collector):
             hits = 1 - missing / wanted if wanted else 1
             sums = (resident[bits:].sum() * size, wanted * size, missing * size, c.planes_read[bits] * size, hits)
             experts.add_metric([str(bits)], float(resident[bits]))
-            uses.add_metric([str(bits)], float(c.width_uses[bits]))
             for family, value in zip(planes, sums, strict=True):
                 family.add_metric([str(bits)], float(value))
+        for bits in (0, *WIDTHS):
+            uses.add_metric([str(bits)], float(c.width_uses[bits]))
         yield from (experts, uses, *planes)
