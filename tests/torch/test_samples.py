@@ -12,10 +12,12 @@ from test_convert import Counting, tree
 
 from d2moe import cli
 from d2moe.container import Container
-from d2moe.convert import samples
+from d2moe.convert import calibration, samples
+from d2moe.convert.calibration import Calibration, facts
 from d2moe.convert.job import Silent
 from d2moe.convert.pipeline import convert
 from d2moe.convert.samples import OwnSamples, Samples
+from d2moe.convert.source import open_source
 from d2moe.errors import CheckpointError, ContainerError
 from d2moe.kernels.native import draw
 from d2moe.runtime.config import EngineConfig
@@ -26,6 +28,7 @@ from d2moe.runtime.request import Chunk
 @pytest.fixture(autouse=True)
 def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "WINDOW", 24)
+    monkeypatch.setattr(calibration, "WINDOW", 24)
     monkeypatch.setattr(samples, "BATCH", 3)
 
 
@@ -57,7 +60,6 @@ def test_interrupted_runs_resume_to_the_same_bytes(family: str, tmp_path: Path) 
     plain, whole = Counting(), Counting()
     convert(src, tmp_path / "plain", progress=plain)
     made = Container.open(convert(src, tmp_path / "whole", calibration=wanted, progress=whole))
-    assert made.manifest.quantizer["calibration"]["text"] == "the model's own"
     assert made.manifest.quantizer["calibration"]["windows"] == [4, 24]
     pieces = len(plain.texts)
     assert len(whole.texts) == 2 * pieces + 2 * 23
@@ -74,17 +76,24 @@ def test_interrupted_runs_resume_to_the_same_bytes(family: str, tmp_path: Path) 
     assert not list(tmp_path.glob("*.samples")) and not list(tmp_path.glob("*.partial"))
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    src, dst = tmp_path / "src", tmp_path / "dst"
+def test_the_command(tmp_path: Path) -> None:
+    """Of its own text alone, and with half of a given one."""
+    src, text = tmp_path / "src", tmp_path / "text"
     tiny_checkpoint("mixtral", src)
-    (tmp_path / "text").write_text("a" * 1000)
-    assert cli.main(["convert", str(src), str(dst), "--self-calibration", "--calibration", str(tmp_path / "text")]) == 1
-    assert "choose one of them" in capsys.readouterr().err
-    assert cli.main(["convert", str(src), str(dst), "--self-calibration", "--calibration-tokens", "60"]) == 0
-    assert Container.open(dst).manifest.quantizer["calibration"]["windows"] == [2, 24]
+    text.write_text("abcdefgh" * 200)
+    found = {}
+    for name, options in (("own", []), ("both", ["--calibration", str(text)])):
+        options += ["--self-calibration", "--calibration-tokens", str(6 * 24)]
+        assert cli.main(["convert", str(src), str(tmp_path / name), *options]) == 0
+        found[name] = Container.open(tmp_path / name).manifest.quantizer["calibration"]
+    assert found["own"]["windows"] == found["both"]["windows"] == [6, 24]
+    given = Calibration((text,), 3 * 24)
+    with open_source(src) as source:
+        windows = given.windows(source)
+    own = Samples(tmp_path / "again", {}).windows(OwnSamples(3 * 24), lambda path: convert(src, path), 2, Silent())
+    assert found["both"]["sha256"] == facts(np.concatenate([windows, own]))["sha256"]
     with pytest.raises(ContainerError, match="is there already"):
-        convert(src, dst, calibration=OwnSamples(60))
-    assert not list(tmp_path.glob("*.samples"))
+        convert(src, tmp_path / "own", calibration=OwnSamples(60))
 
 
 def test_nothing_is_left_of_weights_that_cannot_be_read(tmp_path: Path) -> None:

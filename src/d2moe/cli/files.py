@@ -64,8 +64,8 @@ REPORT_TOKENS = click.option(
 @click.option(
     "--self-calibration",
     is_flag=True,
-    help="Without a text: the model writes what it is calibrated with. Keeps most of the gain, and takes room for a second "
-    "model in DST.samples until it has.",
+    help="The model writes what it is calibrated with, or half of it beside --calibration. Takes room for a second model, "
+    "in DST.samples, until it has.",
 )
 @click.option(
     "--calibration-tokens",
@@ -111,7 +111,7 @@ def convert(
 
     With --calibration the model reads that text, layer by layer in float32 (memory: one layer and 4 bytes x hidden size
     x tokens, twice), and every weight is rounded for the inputs that it meets there. With --self-calibration the checkpoint is first
-    rounded to the nearest, and the engine has it write the text at 8 bits.
+    rounded to the nearest, and the engine has it write the text at 8 bits; with both, half of the tokens come from each.
 
     --report measures perplexity, of SRC in float32 too, on --report-text, or else on that part of the calibration text which
     calibration did not read.
@@ -132,14 +132,11 @@ def convert(
     from d2moe.convert.calibration import Calibration
     from d2moe.convert.pipeline import convert as run
     from d2moe.convert.samples import OwnSamples
-    from d2moe.errors import ConfigError
 
     plan = _report_plan(report, report_text)
-    if calibration and self_calibration:
-        raise ConfigError("--calibration gives a text and --self-calibration has the model write one; choose one of them")
-    text: Calibration | OwnSamples | None = Calibration(tuple(map(Path, calibration)), calibration_tokens) if calibration else None
-    if self_calibration:
-        text = OwnSamples(calibration_tokens)
+    tokens = calibration_tokens // 2 if calibration and self_calibration else calibration_tokens
+    given = Calibration(tuple(map(Path, calibration)), tokens) if calibration else None
+    text = OwnSamples(tokens, given) if self_calibration else given
 
     with Bar("converting") as bar:
         made = run(
@@ -154,7 +151,7 @@ def convert(
         )
     click.echo(str(made))
     if plan is not None:
-        read = text if isinstance(text, Calibration) else None  # of its own samples the model has left none
+        read = given  # of its own samples the model has left none
         _report(made, plan, src, read, report_text, report_tokens, threads, ignore_config_keys)
 
 

@@ -18,8 +18,9 @@ from d2moe.errors import ConfigError
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 
-WINDOW = 512
-"""Tokens of a window, or the model's context if that is less."""
+WINDOW = 256
+"""Tokens of a window, or the model's context if that is less. A model may be trained for less than its config allows, as the built-in
+one is."""
 
 
 @dataclass(frozen=True)

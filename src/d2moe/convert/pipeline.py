@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from d2moe.container import ContainerWriter, RecordLayout
 from d2moe.container.manifest import GROUPS
 from d2moe.convert import calibrated
@@ -43,8 +45,8 @@ def convert(
 
     `group` weights along the input share a scale; `balance` moves factors between weights that follow each other, which
     changes no output and helps the lower widths (convert/balance.py); `calibration` is text by which weights are rounded with
-    error feedback (convert/calibrated.py) instead of to the nearest, or has the model write it (convert/samples.py, which keeps
-    `dst`.samples meanwhile); `threads` None means all CPUs this process may use.
+    error feedback (convert/calibrated.py) instead of to the nearest, or has the model write it, or both (convert/samples.py, which
+    keeps `dst`.samples meanwhile); `threads` None means all CPUs this process may use.
     `dst`.partial holds an unfinished conversion; the same call resumes it. Interrupted, it raises KeyboardInterrupt with a
     message that says so. Raises ConfigError (the config, or an argument), CheckpointError (the weights or the tokenizer; then
     nothing is left behind), ContainerError (`dst` exists, or the .partial is of another conversion) and StorageError.
@@ -62,12 +64,12 @@ def convert(
             samples = Samples(Path(dst), {"source": checkpoint.facts(), "group": group, "balance": balance})
             same: dict[str, Any] = {"group": group, "balance": balance, "ignore_config_keys": ignore_config_keys}
             plainly = partial(convert, src, threads=threads, progress=progress, **same)
-            windows = samples.windows(calibration, plainly, threads, progress)
+            given = [] if calibration.beside is None else [calibration.beside.windows(checkpoint)]
+            windows = np.concatenate([*given, samples.windows(calibration, plainly, threads, progress)])
         elif calibration is not None:
             windows = calibration.windows(checkpoint)
         if windows is not None:
-            facts = {**calibration_facts(windows), "text": "given" if samples is None else "the model's own"}
-            quantizer |= {"name": "descent", "calibration": facts, **calibrated.facts()}
+            quantizer |= {"name": "descent", "calibration": calibration_facts(windows), **calibrated.facts()}
         writer = _writer(checkpoint, Path(dst), quantizer, ignore_config_keys)
         source = Balanced(checkpoint, partial(progress.advance, 0)) if balance else checkpoint
         job = Job(source, writer, group, threads, progress)
