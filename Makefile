@@ -27,7 +27,8 @@ test-arm:
 # Rebuilds the built-in model from the checkpoint it was made from.
 model: $(VENV)/.tested
 	rm -rf src/d2moe/builtin/qwen3moe-14m.d2moe
-	$(BIN)/d2moe convert ../shared/models/qwen3moe-14m src/d2moe/builtin/qwen3moe-14m.d2moe --calibration-tokens 262144 --self-calibration \
+	mkdir -p build && zstd -dqf ../shared/data/train/tinystories_2MB.txt.zst -o build/tinystories.txt
+	$(BIN)/d2moe convert ../shared/models/qwen3moe-14m src/d2moe/builtin/qwen3moe-14m.d2moe --calibration-tokens 262144 --calibration build/tinystories.txt \
 	  --calibration ../shared/data/calibration/exl3_c4.utf8 --calibration ../shared/data/calibration/exl3_wiki.utf8
 	$(BIN)/d2moe route train src/d2moe/builtin/qwen3moe-14m.d2moe --reference ../shared/models/qwen3moe-14m \
 	  --text ../shared/data/calibration/exl3_c4.utf8 --text ../shared/data/calibration/exl3_wiki.utf8
