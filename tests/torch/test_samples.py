@@ -12,7 +12,7 @@ from test_convert import Counting, tree
 
 from d2moe import cli
 from d2moe.container import Container
-from d2moe.convert import calibration, samples
+from d2moe.convert import samples
 from d2moe.convert.calibration import Calibration, facts
 from d2moe.convert.job import Silent
 from d2moe.convert.pipeline import convert
@@ -28,7 +28,6 @@ from d2moe.runtime.request import Chunk
 @pytest.fixture(autouse=True)
 def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "WINDOW", 24)
-    monkeypatch.setattr(calibration, "WINDOW", 24)
     monkeypatch.setattr(samples, "BATCH", 3)
 
 
@@ -87,7 +86,7 @@ def test_the_command(tmp_path: Path) -> None:
         assert cli.main(["convert", str(src), str(tmp_path / name), *options]) == 0
         found[name] = Container.open(tmp_path / name).manifest.quantizer["calibration"]
     assert found["own"]["windows"] == found["both"]["windows"] == [6, 24]
-    given = Calibration((text,), 3 * 24)
+    given = Calibration((text,), 3 * 24, 24)
     with open_source(src) as source:
         windows = given.windows(source)
     own = Samples(tmp_path / "again", {}).windows(OwnSamples(3 * 24), lambda path: convert(src, path), 2, Silent())

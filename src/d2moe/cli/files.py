@@ -129,14 +129,14 @@ def convert(
       d2moe convert Llama-3.2-1B llama.d2moe           a dense model: its feed-forward blocks are the experts
     """
     from d2moe.cli.progress import Bar
-    from d2moe.convert.calibration import Calibration
+    from d2moe.convert import samples
+    from d2moe.convert.calibration import WINDOW, Calibration
     from d2moe.convert.pipeline import convert as run
-    from d2moe.convert.samples import OwnSamples
 
     plan = _report_plan(report, report_text)
-    tokens = calibration_tokens // 2 if calibration and self_calibration else calibration_tokens
-    given = Calibration(tuple(map(Path, calibration)), tokens) if calibration else None
-    text = OwnSamples(tokens, given) if self_calibration else given
+    tokens, length = (calibration_tokens // 2, samples.WINDOW) if calibration and self_calibration else (calibration_tokens, WINDOW)
+    given = Calibration(tuple(map(Path, calibration)), tokens, length) if calibration else None
+    text = samples.OwnSamples(tokens, given) if self_calibration else given
 
     with Bar("converting") as bar:
         made = run(

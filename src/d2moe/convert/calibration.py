@@ -18,21 +18,22 @@ from d2moe.errors import ConfigError
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 
-WINDOW = 256
-"""Tokens of a window, or the model's context if that is less. A model may be trained for less than its config allows, as the built-in
-one is."""
+WINDOW = 512
+"""Tokens of a window, or the model's context if that is less."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """`files` of UTF-8 text, of each of which an equal share of `max_tokens` tokens is taken, evenly spread over the file."""
+    """`files` of UTF-8 text, of each of which an equal share of `max_tokens` tokens is taken in windows of `window`, evenly spread over
+    the file."""
 
     files: tuple[Path, ...]
     max_tokens: int = 32768
+    window: int = WINDOW
 
     def windows(self, source: ModelSource) -> I32:
         """int32 [windows, length]; ConfigError if a file cannot be read or is too short for one window."""
-        length = min(WINDOW, source.shape.context)
+        length = min(self.window, source.shape.context)
         tokenizer = Tokenizer.from_buffer(source.companions()["tokenizer.json"])
         wanted = max(1, self.max_tokens // length // len(self.files))
         parts = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -79,7 +80,7 @@ def unread_windows(calibration: Calibration, source: ModelSource, length: int, m
     """
     read = calibration.windows(source)
     known = {window.tobytes() for window in read}
-    everything = Calibration(calibration.files, np.iinfo(np.int64).max).windows(source)
+    everything = replace(calibration, max_tokens=np.iinfo(np.int64).max).windows(source)
     rest = [window for window in everything if window.tobytes() not in known]
     kept = np.array(rest, np.int32).reshape(len(rest), read.shape[1])[:, : length + 1]
     return kept[np.arange(min(most, len(kept))) * len(kept) // max(1, min(most, len(kept)))]

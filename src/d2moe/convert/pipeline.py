@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Collection
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,10 @@ def convert(
             samples = Samples(Path(dst), {"source": checkpoint.facts(), "group": group, "balance": balance})
             same: dict[str, Any] = {"group": group, "balance": balance, "ignore_config_keys": ignore_config_keys}
             plainly = partial(convert, src, threads=threads, progress=progress, **same)
-            given = [] if calibration.beside is None else [calibration.beside.windows(checkpoint)]
-            windows = np.concatenate([*given, samples.windows(calibration, plainly, threads, progress)])
+            windows = samples.windows(calibration, plainly, threads, progress)
+            if calibration.beside is not None:
+                given = replace(calibration.beside, window=windows.shape[1]).windows(checkpoint)
+                windows = np.concatenate([given, windows])
         elif calibration is not None:
             windows = calibration.windows(checkpoint)
         if windows is not None:

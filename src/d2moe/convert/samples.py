@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2moe.container import Container
-from d2moe.convert.calibration import WINDOW, Calibration
+from d2moe.convert.calibration import Calibration
 from d2moe.convert.job import Progress
 from d2moe.errors import CheckpointError, ContainerError, StorageError
 from d2moe.kernels.native import draw
@@ -35,6 +35,8 @@ from d2moe.types import MAX_BITS, ModelShape
 
 I32 = npt.NDArray[np.int32]
 
+WINDOW = 256
+"""Tokens of a window, or the model's context if that is less: fewer steps than with long ones, and no model is trained for less."""
 BATCH = 32
 """Windows that are written at once: their experts are read together."""
 KEEP_EVERY_S = 20.0
@@ -42,7 +44,8 @@ KEEP_EVERY_S = 20.0
 
 @dataclass(frozen=True)
 class OwnSamples:
-    """`max_tokens` tokens in whole windows, at least one. `beside`: text to calibrate with as well."""
+    """`max_tokens` tokens in whole windows, at least one. `beside`: text to calibrate with as well, in windows of the same
+    length."""
 
     max_tokens: int = 32768
     beside: Calibration | None = None
