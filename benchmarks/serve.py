@@ -339,9 +339,10 @@ def gaps(folder: Path | None, seconds: float, answers: int) -> None:
 @FOLDER
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--tokens", default=100, show_default=True)
-def overhead(folder: Path | None, rounds: int, tokens: int) -> None:
+@click.option("--model", type=click.Path(path_type=Path, exists=True), help="A model of yours instead.")
+def overhead(folder: Path | None, rounds: int, tokens: int, model: Path | None) -> None:
     """One answer streamed over HTTP beside the same one from the engine in this process."""
-    path = model_in(folder)
+    path = model or model_in(folder)
     body = {"prompt": [5, 6, 7], "max_tokens": tokens, "temperature": 1.0, "seed": 1}
     outside: list[float] = []
     loop_us: list[float] = []
@@ -355,14 +356,14 @@ def overhead(folder: Path | None, rounds: int, tokens: int) -> None:
         outside.append(1 - steps_s / (times[-1] - begin))
         return (len(times) - 1) / (times[-1] - times[0])
 
-    def alone(model: Any) -> float:
+    def alone(beside: Any) -> float:
         values = {k: v for k, v in body.items() if k != "prompt"}
-        model.generate(body["prompt"], ignore_eos=True, **values)
-        return float(model.last.generation_tokens_per_s)
+        beside.generate(body["prompt"], ignore_eos=True, **values)
+        return float(beside.last.generation_tokens_per_s)
 
-    with d2moe.load(path, context=512) as model, server(path, "--context", "512") as (url, process):
-        alone(model), served(url, process.pid)
-        pairs = [(alone(model), served(url, process.pid)) for _ in range(rounds)]
+    with d2moe.load(path, context=512) as beside, server(path, "--context", "512") as (url, process):
+        alone(beside), served(url, process.pid)
+        pairs = [(alone(beside), served(url, process.pid)) for _ in range(rounds)]
     engine, http = (float(np.median([p[i] for p in pairs])) for i in range(2))
     shares = sorted(1 - h / e for e, h in pairs)
     spread = {"overhead": shares[len(shares) // 2], "low": shares[0], "high": shares[-1]}
