@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_container import make
+from containers import make
 
 from d2moe.container import BitRouter, Container, bit_router, read_router, write_router
 from d2moe.container.verify import verify

@@ -16,7 +16,7 @@ from typing import Any
 import click
 import numpy as np
 import pytest
-from test_container import make
+from containers import make
 from test_generate import ToyEngine, bytes_backend
 
 import d2moe.cli as cli

@@ -2,120 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
+from containers import (
+    EXPERTS,
+    FACTS,
+    FILES,
+    LAYERS,
+    RECORD,
+    SHAPES,
+    TYPES,
+    contents,
+    dense_tensor,
+    expert_codes,
+    fill,
+    nested,
+    unpacked,
+)
 from safetensors import safe_open
 
 from d2moe import planes
-from d2moe.container import PROJECTIONS, SEGMENTS, Container, ContainerWriter, NestedMatrix, RecordLayout, pack_record
+from d2moe.container import PROJECTIONS, SEGMENTS, Container, ContainerWriter, NestedMatrix, pack_record
 from d2moe.container.layout import ARRAYS, expert_file, expert_tensor
-from d2moe.container.manifest import dump_manifest, parse_manifest, seal_of
-from d2moe.container.safetensors_header import build_header
 from d2moe.errors import ConfigError, ContainerError, D2MoeError, StorageError
 from d2moe.types import WIDTHS
-
-GROUP, LAYERS, EXPERTS = 32, (0, 2), 3
-RECORD = RecordLayout(hidden=64, inner=48, group=GROUP)
-SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
-    "embed.rows": ("F32", (6, 16)),
-    "embed.affine": ("U8", (6, 2, 2, 16)),
-    "embed.base": ("U8", (6, 2, 2, 64)),
-    **{f"embed.plane{bit}": ("U8", (6, 2, 1, 64)) for bit in range(3, 9)},
-    "final_norm": ("F32", (64,)),
-    "layers.0.router": ("F32", (EXPERTS, 64)),
-    "layers.2.router": ("F32", (EXPERTS, 64)),
-}
-FILES = {
-    "config.json": b'{"model_type": "olmoe", "num_experts_per_tok": 2}',
-    "tokenizer.json": b'{"version": "1.0"}',
-    "generation_config.json": b'{"eos_token_id": 7}',
-}
-FACTS: dict[str, Any] = {
-    "record": RECORD,
-    "layers": LAYERS,
-    "experts": EXPERTS,
-    "dense": SHAPES,
-    "files": FILES,
-    "source": {"name": "random/tiny", "sha256": "ab"},
-    "quantizer": {"name": "joint-clip", "group": GROUP},
-}
-TYPES: dict[str, type[np.generic]] = {"U8": np.uint8, "F16": np.float16, "F32": np.float32}
-
-
-def dense_tensor(name: str) -> npt.NDArray[Any]:
-    dtype, shape = SHAPES[name]
-    rng = np.random.default_rng(sum(name.encode()))
-    return (
-        rng.integers(0, 256, shape).astype(TYPES[dtype])
-        if dtype == "U8"
-        else rng.normal(size=shape).astype(TYPES[dtype])
-    )
-
-
-def expert_codes(layer: int, expert: int, projection: str) -> tuple[planes.U8, planes.U8, planes.F32]:
-    """Random codes and scales in the order of `planes.quantize`."""
-    m = RECORD.matrix(projection)
-    return random_codes([layer, expert, PROJECTIONS.index(projection)], m.tiles * 16, m.groups)
-
-
-def random_codes(seed: list[int], rows: int, groups: int) -> tuple[planes.U8, planes.U8, planes.F32]:
-    rng = np.random.default_rng(seed)
-    affine = rng.integers(0, 256, (rows, groups, 2)).astype(np.uint8)
-    scale = rng.random(rows, np.float32)
-    return rng.integers(0, 256, (rows, groups * GROUP)).astype(np.uint8), affine, scale
-
-
-def packed(codes: planes.U8, affine: planes.U8, scale: planes.F32, bits: int = 8) -> NestedMatrix:
-    order = planes.tile(codes, GROUP)
-    further = [planes.pack_plane(order, bit) for bit in range(3, bits + 1)]
-    return NestedMatrix(scale.reshape(-1, 16), planes.tile_affine(affine), planes.pack_base(order), further)
-
-
-def unpacked(matrix: NestedMatrix) -> tuple[planes.U8, planes.U8, planes.F32]:
-    codes = planes.untile(planes.unpack(matrix.base, matrix.planes))
-    return codes, planes.untile_affine(matrix.affine), matrix.row_scale.reshape(-1)
-
-
-def nested(layer: int, expert: int, bits: int = 8) -> dict[str, NestedMatrix]:
-    return {projection: packed(*expert_codes(layer, expert, projection), bits) for projection in PROJECTIONS}
-
-
-def fill(writer: ContainerWriter) -> None:
-    """Write what is not done yet, as a converter does."""
-    for name in SHAPES:
-        if not writer.is_dense_done(name):
-            writer.add_dense(name, dense_tensor(name))
-    for layer in LAYERS:
-        for expert in sorted(set(range(EXPERTS)) - writer.done_experts(layer)):
-            writer.add_expert(layer, expert, nested(layer, expert))
-
-
-def make(path: Path) -> Path:
-    with ContainerWriter(path, **FACTS) as writer:
-        fill(writer)
-        return writer.finish()
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {p.relative_to(path).as_posix(): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
-
-
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("made") / "tiny.d2moe")
-
-
-@pytest.fixture
-def copy(sample: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(sample, tmp_path / "tiny.d2moe"))
 
 
 def test_what_was_written_is_read_back(sample: Path) -> None:
@@ -319,184 +232,6 @@ def test_unknown_experts_and_tensors(sample: Path) -> None:
         container.read_nested("embed", 1)
     assert container.has("final_norm") and container.has("embed")
     assert not container.has("head") and not container.has("embed.base") and not container.has("embed.q_bias")
-
-
-# The manifest
-
-Edit = Callable[[dict[str, Any]], object]
-
-
-def edited(path: Path, edit: Edit) -> None:
-    """Change the manifest and seal it again, as another writer would have."""
-    table = json.loads((path / "d2moe.json").read_text())
-    edit(table)
-    table["seal"] = "0" * 64
-    text = json.dumps(table, indent=1).encode()
-    (path / "d2moe.json").write_bytes(text.replace(b"0" * 64, seal_of(text)[1].encode(), 1))
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda m: m.update(version=3), "made by a newer d2moe, upgrade"),
-        (lambda m: m.update(version=1), "version is 1, this d2moe reads 2; convert the model again"),
-        (lambda m: m.update(version=True), "version is True, expected 2"),
-        (lambda m: m.update(format="gguf"), "not a d2moe container"),
-        (lambda m: m.update(codebook=[]), "unknown key 'codebook'"),
-        (lambda m: m.pop("experts"), "lacks the key 'experts'"),
-        (lambda m: m.update(group=48), "group is 48, expected a multiple of 32"),
-        (lambda m: m.update(experts=0), "experts is 0, expected a whole number from 1"),
-        (lambda m: m.update(experts=2), r"router' is F32 \[3, 64\], expected F32 \[2, 64\]"),
-        (lambda m: m.update(hidden=64.0), "hidden is 64.0"),
-        (lambda m: m.update(layers=[2, 0]), "expected ascending"),
-        (lambda m: m.update(layers=[]), "expected ascending numbers, at least one"),
-        (lambda m: m["segments"][0].update(bytes=5000), "segment base has 5,000 bytes, expected a multiple of 4,096"),
-        (lambda m: m["source"].update(name="\ud800"), "surrogates not allowed|not UTF-8"),
-        (lambda m: m.update(layers=[0, 1]), "layer-002.safetensors is not known to this d2moe and not optional"),
-        (lambda m: m.update(hidden=96), "bytes of segment base is 4096, expected a whole number from 8,192"),
-        (lambda m: m["segments"].pop(), "segments are"),
-        (lambda m: m["segments"].append({"name": "outliers", "bytes": 4096}), "not optional; a newer d2moe made it"),
-        (
-            lambda m: m["segments"][2]["parts"].append({"kind": "codebook", "offset": 0, "bytes": 1}),
-            "'codebook'.*newer",
-        ),
-        (lambda m: m["segments"][1].update(bytes=8192), "expected one size"),
-        (lambda m: m["segments"][0]["parts"][0].update(offset=True), "part 0 of segment base"),
-        (lambda m: m["files"].pop("config.json"), "files lacks config.json"),
-        (lambda m: m["files"]["dense.safetensors"].update(optional=True), "dense.safetensors cannot be optional"),
-        (lambda m: m["files"]["config.json"].update(sha256="x"), "sha256 of config.json"),
-        (lambda m: m["files"].update({"../../x": {"bytes": 1, "sha256": "0" * 64}}), "plain name inside"),
-        (lambda m: m["files"].update({"codebooks.safetensors": {"bytes": 1}}), "newer d2moe made it"),
-        (lambda m: m.update(source=[]), "source is"),
-    ],
-)
-def test_a_wrong_manifest_is_refused(copy: Path, edit: Edit, message: str) -> None:
-    edited(copy, edit)
-    with pytest.raises(ContainerError, match=message) as e:
-        Container.open(copy)
-    assert str(copy) in str(e.value)
-
-
-def reheaded(path: Path, edit: Edit, extra: bytes = b"", align: int = 4096) -> None:
-    """Change the header of layer 2's file, and the file's size in the manifest."""
-    file = path / expert_file(2)
-    data = file.read_bytes()
-    n = int.from_bytes(data[:8], "little")
-    table = json.loads(data[8 : 8 + n])
-    edit(table)
-    text = json.dumps(table).encode()
-    text = text.ljust(-(-(8 + len(text)) // align) * align - 8)
-    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n :] + extra)
-    edited(path, lambda m: m["files"][expert_file(2)].update(bytes=file.stat().st_size))
-
-
-def test_expert_files_hold_the_records_and_nothing_else(copy: Path) -> None:
-    reheaded(copy, lambda h: None)
-    Container.open(copy)
-    reheaded(copy, lambda h: None, align=64)
-    with pytest.raises(
-        ContainerError, match=r"layer-002.safetensors: records begin at byte [\d,]+, expected a multiple"
-    ):
-        Container.open(copy)
-    size = EXPERTS * RECORD.record_bytes
-    reheaded(copy, lambda h: h.update(more={"dtype": "U8", "shape": [4], "data_offsets": [size, size + 4]}), b"more")
-    with pytest.raises(ContainerError, match="has 22 tensors, expected 21 for 3 experts"):
-        Container.open(copy)
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (
-            lambda h: h.update({expert_tensor(2, 1, "plane9"): h.pop(expert_tensor(2, 1, "plane5"))}),
-            "plane5 is missing",
-        ),
-        (lambda h: h[expert_tensor(2, 1, "plane5")].update(dtype="I8"), r"plane5 is I8 \[4096\] at byte"),
-        (lambda h: h[expert_tensor(2, 1, "plane5")].update(shape=[64, 64]), r"plane5 is U8 \[64, 64\]"),
-    ],
-)
-def test_a_segment_that_is_not_where_it_belongs(copy: Path, edit: Edit, message: str) -> None:
-    reheaded(copy, edit)
-    with pytest.raises(ContainerError, match=f"layer 2 expert 1 {message}"):
-        Container.open(copy)
-
-
-def test_segments_of_two_experts_may_not_change_places(copy: Path) -> None:
-    def swap(h: dict[str, Any]) -> None:
-        a, b = expert_tensor(2, 0, "plane5"), expert_tensor(2, 1, "plane5")
-        h[a], h[b] = h[b], h[a]
-
-    reheaded(copy, swap)
-    with pytest.raises(ContainerError, match=r"layer 2 expert 0 plane5 is U8 \[4096\] at byte [\d,]+, expected"):
-        Container.open(copy)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [b"", b"[]", b"nonsense", b'{"format": "d2moe", "format": "d2moe"}', b"\xff\xfe", b'{"a": NaN}', b"[" * 100_000],
-)
-def test_a_manifest_that_is_no_json_object(copy: Path, text: bytes) -> None:
-    (copy / "d2moe.json").write_bytes(text)
-    with pytest.raises(ContainerError, match=r"d2moe.json: "):
-        Container.open(copy)
-
-
-def test_notes_may_hold_anything(copy: Path) -> None:
-    edited(copy, lambda m: m["source"].update(anything={"nested": [1, 2]}) or m["quantizer"].update(x=None))
-    assert Container.open(copy).manifest.source["anything"] == {"nested": [1, 2]}
-
-
-def test_the_manifest_text_and_its_facts_agree(sample: Path) -> None:
-    text = (sample / "d2moe.json").read_bytes()
-    assert dump_manifest(parse_manifest(text, "d2moe.json")) == text
-    found, right = seal_of(text)
-    assert found == right and seal_of(text.replace(b"olmoe", b"xlmoe").replace(b"tiny", b"tine"))[1] != found
-
-
-# What later versions may add
-
-
-def test_optional_files_and_notes_are_skipped(copy: Path) -> None:
-    edited(copy, lambda m: m["files"].update({"bit_router.safetensors": {"bytes": 8, "optional": True, "rank": 4}}))
-    Container.open(copy)  # it need not be there
-    edited(copy, lambda m: m.update(optional={"bit_router": {"file": "bit_router.safetensors"}}))
-    Container.open(copy)
-    (copy / "bit_router.safetensors").write_bytes(b"1234567")
-    with pytest.raises(ContainerError, match="has 7 bytes, the manifest says 8"):
-        Container.open(copy)
-
-
-def test_optional_parts_and_segments_are_skipped(copy: Path) -> None:
-    """Per-width corrections inside the segments, a side-band after the records: an old reader finds what it knows."""
-    roomy = dataclasses.replace(RECORD, base_spare_bytes=4096, plane_spare_bytes=4096)
-    for layer in LAYERS:
-        sizes = {s: roomy.segment_bytes(s) for s in SEGMENTS}
-        tensors = {expert_tensor(layer, e, s): ("U8", (n,)) for e in range(EXPERTS) for s, n in sizes.items()}
-        tensors |= {expert_tensor(layer, e, "outliers"): ("U8", (512,)) for e in range(EXPERTS)}
-        data = build_header(tensors)[0]
-        for expert in range(EXPERTS):
-            old = pack_record(RECORD, nested(layer, expert)).tobytes()
-            cuts = [old[i : i + 4096] for i in range(0, len(old), 4096)]  # every segment of this size is one page
-            data += b"".join(cut + b"\xaa" * 4096 for cut in cuts)
-        (copy / expert_file(layer)).write_bytes(data + bytes(512 * EXPERTS))
-
-    def edit(m: dict[str, Any]) -> None:
-        for segment in m["segments"]:
-            segment["bytes"] += 4096
-            part = {"kind": "scale_correction", "projection": "gate", "offset": 4096, "bytes": 64, "optional": True}
-            segment["parts"].append(part)
-        m["segments"].append({"name": "outliers", "bytes": 512, "optional": True, "format": "sparse"})
-        for layer in LAYERS:
-            m["files"][expert_file(layer)]["bytes"] = (copy / expert_file(layer)).stat().st_size
-
-    edited(copy, edit)
-    container = Container.open(copy)
-    assert container.record == roomy and container.manifest.optional_segments == {"outliers": 512}
-    for bits in WIDTHS:
-        found, right = container.read_expert(2, 1, bits), nested(2, 1)
-        for name in PROJECTIONS:
-            for kind, array in found[name].arrays.items():
-                assert np.array_equal(array, right[name].arrays[kind])
 
 
 def test_dense_tensors_must_fit_each_other(tmp_path: Path) -> None:

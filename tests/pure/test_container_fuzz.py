@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from containers import FILES, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
-from test_container import FILES, make
 
 from d2moe.container import Container
 from d2moe.container.safetensors_header import parse_header

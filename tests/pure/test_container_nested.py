@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from containers import EXPERTS, FACTS, LAYERS, RECORD, contents, dense_tensor, nested, packed, unpacked
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_container import EXPERTS, FACTS, LAYERS, RECORD, contents, dense_tensor, nested, packed, unpacked
 
 from d2moe import planes
 from d2moe.container import Container, ContainerWriter, MatrixLayout, NestedMatrix

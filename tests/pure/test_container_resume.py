@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import containers
 import numpy as np
 import pytest
-from test_container import EXPERTS, FACTS, FILES, LAYERS, SHAPES, contents, dense_tensor, fill, make, nested
+from containers import EXPERTS, FACTS, FILES, LAYERS, SHAPES, contents, dense_tensor, fill, make, nested
 
 from d2moe.container import Container, ContainerWriter, RecordLayout
 from d2moe.container.verify import verify
@@ -27,7 +28,7 @@ from d2moe.errors import ContainerError, D2MoeError, StorageError
 CRASHES = textwrap.dedent("""
     import os, signal, shutil, sys, traceback
     from pathlib import Path
-    from test_container import FACTS, contents, fill, make
+    from containers import FACTS, contents, fill, make
     from d2moe.container import Container, ContainerWriter
 
     CALLS = ("pwrite", "write", "fsync", "posix_fallocate", "ftruncate", "rename", "mkdir", "unlink")
@@ -116,7 +117,7 @@ CRASHES = textwrap.dedent("""
 
 
 def environment() -> dict[str, str]:
-    here = Path(__file__).resolve()
+    here = Path(containers.__file__)
     paths = [str(here.parents[2] / "src"), str(here.parent)]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
@@ -136,7 +137,7 @@ def test_killed_at_every_system_call(tmp_path: Path) -> None:
 
 SLOW = textwrap.dedent("""
     import sys, time
-    from test_container import FACTS, fill
+    from containers import FACTS, fill
     from d2moe.container import ContainerWriter
     add = ContainerWriter.add_record
     ContainerWriter.add_record = lambda *a: (time.sleep(0.02), add(*a))

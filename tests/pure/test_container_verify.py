@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_container import EXPERTS, LAYERS, RECORD, SHAPES, contents, dense_tensor, make
+from containers import EXPERTS, LAYERS, RECORD, SHAPES, contents, dense_tensor, make
 
 from d2moe.container import SEGMENTS, Container
 from d2moe.container.inspect import describe

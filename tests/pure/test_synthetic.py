@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_container import contents
+from containers import contents
 
 from d2moe import planes
 from d2moe.container import PROJECTIONS, Container, ContainerWriter, NestedMatrix
