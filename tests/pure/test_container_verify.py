@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import pytest
-from containers import EXPERTS, LAYERS, RECORD, SHAPES, contents, dense_tensor, make
+from containers import EXPERTS, LAYERS, RECORD, SHAPES, contents, dense_tensor
 
 from d2moe.container import SEGMENTS, Container
 from d2moe.container.inspect import describe
@@ -16,16 +15,6 @@ from d2moe.container.layout import expert_file
 from d2moe.container.verify import verify
 from d2moe.errors import ContainerError
 from d2moe.types import WIDTHS
-
-
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("made") / "tiny.d2moe")
-
-
-@pytest.fixture
-def copy(sample: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(sample, tmp_path / "tiny.d2moe"))
 
 
 def flip(path: Path, at: int, bit: int = 0) -> None:
