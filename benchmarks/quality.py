@@ -233,19 +233,22 @@ WIDER |= {"Q5_K": "Q8_0", "Q6_K": "Q8_0", "Q8_0": "Q8_0"}
 def container_weights(container: Container, like: Weights, bits: int, dense: int) -> Weights:
     """Everything in a container as float32 at the two widths; the floats are the container's own, which it balanced."""
 
-    def plain(m: NestedMatrix, width: int, rows: int, cols: int) -> torch.Tensor:
+    rotation = container.record.rotation
+
+    def plain(name: str, m: NestedMatrix, width: int, rows: int, cols: int) -> torch.Tensor:
         codes = planes.untile(planes.unpack(m.base, m.planes))
         back = planes.dequantize(codes, planes.untile_affine(m.affine), m.row_scale.reshape(-1), width, rows, cols)
-        return torch.from_numpy(back)
+        rotated = rotation and name.endswith("down")
+        return torch.from_numpy(planes.rotate(back, rotation) if rotated else back)
 
     weights: Weights = {}
     for name, w in like.items():
         if is_expert(name):
             layer, part = int(name.split(".")[1]), name.rpartition(".")[2]
             found = [container.read_expert(layer, e, bits)[part] for e in range(container.experts)]
-            weights[name] = torch.stack([plain(m, bits, w.shape[1], w.shape[2]) for m in found])
+            weights[name] = torch.stack([plain(part, m, bits, w.shape[1], w.shape[2]) for m in found])
         elif name in container.nested:
-            weights[name] = plain(container.read_nested(name, dense), dense, w.shape[0], w.shape[1])
+            weights[name] = plain(name, container.read_nested(name, dense), dense, w.shape[0], w.shape[1])
         else:
             weights[name] = torch.from_numpy(np.array(container.read_dense(name)))
     return weights

@@ -124,14 +124,19 @@ struct PyWidths {
   }
 };
 
+void expect_rotation(int span) {
+  expect(span == 0 || (span >= 16 && (span & (span - 1)) == 0), "rotation is " + std::to_string(span) + ", expected 0 or a power of two from 16 on");
+}
+
 struct PyFeedForward {
   FeedForwardWeights weights;
   std::optional<In<float>> mix, norm;
 
   PyFeedForward(const PyLinear& gate, const PyLinear& up, const PyLinear& down, std::optional<In<float>> mix_,
-                std::optional<In<float>> norm_, float eps)
+                std::optional<In<float>> norm_, float eps, int rotation)
       : mix(std::move(mix_)), norm(std::move(norm_)) {
-    weights = {gate.linear, up.linear, down.linear, mix ? mix->data() : nullptr, norm ? norm->data() : nullptr, eps};
+    weights = {gate.linear, up.linear, down.linear, mix ? mix->data() : nullptr, norm ? norm->data() : nullptr, eps, rotation};
+    expect_rotation(rotation);
     const auto &g = weights.gate.matrix.shape, &u = weights.up.matrix.shape, &d = weights.down.matrix.shape;
     expect(g.rows == u.rows && g.cols == u.cols && d.rows == g.cols && d.cols == g.rows, "gate, up and down do not fit");
     if (mix) expect_size(*mix, g.cols, "mix");
@@ -144,13 +149,16 @@ struct PyExperts {
   ExpertShape shape;
 
   PyExperts(Runtime& rt, int64_t layers, int64_t experts, int64_t hidden, int64_t inner, int group, int64_t base_bytes,
-            int64_t plane_bytes, const std::vector<std::string>& paths, std::vector<int64_t> offsets, bool direct, int depth)
-      : executor(rt, checked(layers, experts, hidden, inner, group, base_bytes, plane_bytes, paths, offsets), paths,
+            int64_t plane_bytes, const std::vector<std::string>& paths, std::vector<int64_t> offsets, bool direct, int depth,
+            int rotation)
+      : executor(rt, checked(layers, experts, hidden, inner, group, base_bytes, plane_bytes, paths, offsets, rotation), paths,
                  offsets, direct, depth),
-        shape{layers, experts, hidden, inner, group, base_bytes, plane_bytes} {}
+        shape{layers, experts, hidden, inner, group, base_bytes, plane_bytes, rotation} {}
 
   static ExpertShape checked(int64_t layers, int64_t experts, int64_t hidden, int64_t inner, int group, int64_t base_bytes,
-                             int64_t plane_bytes, const std::vector<std::string>& paths, const std::vector<int64_t>& offsets) {
+                             int64_t plane_bytes, const std::vector<std::string>& paths, const std::vector<int64_t>& offsets,
+                             int rotation) {
+    expect_rotation(rotation);
     const MatrixShape wide{inner, hidden, group}, down{hidden, inner, group};
     expect(int64_t(paths.size()) == layers && int64_t(offsets.size()) == layers, "one file and one offset a layer");
     expect(base_bytes % kAlign == 0 && plane_bytes % kAlign == 0, "segments must be multiples of 4096 bytes");
@@ -159,7 +167,7 @@ struct PyExperts {
                plane_bytes >= 2 * wide.plane_bytes() + down.plane_bytes(),
            "segments are smaller than the matrices in them");
     for (int64_t o : offsets) expect(o % kAlign == 0, "records must begin at multiples of 4096 bytes");
-    return {layers, experts, hidden, inner, group, base_bytes, plane_bytes};
+    return {layers, experts, hidden, inner, group, base_bytes, plane_bytes, rotation};
   }
 
   void check(int64_t layer, int64_t expert, int bits) const {
@@ -380,14 +388,14 @@ NB_MODULE(_native, m) {
       .def(nb::init<In<float>, std::optional<In<float>>, std::optional<In<float>>, float, float>(), "planes"_a, "weight"_a.none(),
            "base"_a.none(), "gate_power"_a, "norm_power"_a);
   nb::class_<PyFeedForward>(m, "FeedForward")
-      .def(nb::init<const PyLinear&, const PyLinear&, const PyLinear&, std::optional<In<float>>, std::optional<In<float>>, float>(),
+      .def(nb::init<const PyLinear&, const PyLinear&, const PyLinear&, std::optional<In<float>>, std::optional<In<float>>, float, int>(),
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), "gate"_a, "up"_a, "down"_a, "mix"_a.none(),
-           "norm"_a.none(), "eps"_a);
+           "norm"_a.none(), "eps"_a, "rotation"_a = 0);
   nb::class_<PyExperts>(m, "Experts")
       .def(nb::init<Runtime&, int64_t, int64_t, int64_t, int64_t, int, int64_t, int64_t, const std::vector<std::string>&,
-                    std::vector<int64_t>, bool, int>(),
+                    std::vector<int64_t>, bool, int, int>(),
            nb::keep_alive<1, 2>(), "runtime"_a, "layers"_a, "experts"_a, "hidden"_a, "inner"_a, "group"_a, "base_bytes"_a,
-           "plane_bytes"_a, "paths"_a, "offsets"_a, "direct"_a, "depth"_a)
+           "plane_bytes"_a, "paths"_a, "offsets"_a, "direct"_a, "depth"_a, "rotation"_a = 0)
       .def("set_limit", [](PyExperts& e, int64_t bytes) { e.executor.set_limit(bytes); })
       .def("width", [](const PyExperts& e, int64_t layer, int64_t expert) {
         e.check(layer, expert, 2);

@@ -1,6 +1,7 @@
 // Kernels and encoder as Python sees them, for conversion, tests and benchmarks. The engine itself calls them in C++.
 #include "encode.h"
 #include "feedback.h"
+#include "rotate.h"
 #include "kernels.h"
 #include "sampling.h"
 
@@ -184,6 +185,18 @@ auto quantize_activations(const std::string& table, In<float> x, int group) {
       k.quantize(x.data() + i * cols, int64_t(cols), group, q.data() + i * groups * size_t(group), scale.data() + i * groups, sum.data() + i * groups);
   }
   return std::make_tuple(q, scale, sum);
+}
+
+// x f32 [m, cols] in spans of `span` columns.
+Out<float> rotated(In<float> x, int span) {
+  expect(x.ndim() == 2, "x has shape " + text(shape_of(x)) + ", expected [m, cols]");
+  expect(span >= 16 && (span & (span - 1)) == 0, "span is " + std::to_string(span) + ", expected a power of two from 16 on");
+  const size_t m = x.shape(0), cols = x.shape(1);
+  auto y = fresh<float>({m, cols});
+  nb::gil_scoped_release free;
+  std::copy_n(x.data(), m * cols, y.data());
+  for (size_t i = 0; i < m; ++i) rotate(y.data() + i * cols, int64_t(cols), span);
+  return y;
 }
 
 // y f32 [m, rows]; at least bits - 2 planes.
@@ -371,6 +384,7 @@ void bind_kernels(nb::module_& m) {
         "losses"_a.noconvert(), "bits"_a, "weights"_a, "fresh"_a, "passes"_a, "threads"_a = 1,
         "Codes of some columns, in place, and what they change in errors and losses; see d2moe.convert.feedback.");
   m.def("pack", &pack, "tiles"_a, "Base plane and the six one-bit planes of register-ordered codes.");
+  m.def("rotate", &rotated, "x"_a, "span"_a, "Walsh-Hadamard transforms of whole spans of columns; see d2moe.planes.");
   m.def("quantize_activations", &quantize_activations, "table"_a, "x"_a, "group"_a,
         "int8 [m, padded cols], scale float32 and sum int32 [m, groups] of x float32 [m, cols].");
   m.def("matmul", &matmul, "table"_a, "rows"_a, "cols"_a, "group"_a, "bits"_a, "row_scale"_a, "affine"_a, "base"_a,

@@ -1,5 +1,7 @@
 #include "dense.h"
 
+#include "rotate.h"
+
 #include <algorithm>
 #include <cmath>
 
@@ -18,6 +20,12 @@ QuantRows quant_rows(Runtime& rt, int64_t m, int64_t cols, int group) {
 
 void quantize_row(Runtime& rt, const float* x, int64_t cols, int group, QuantRows& out, int64_t i) {
   rt.table->quantize(x, cols, group, out.q + i * out.stride, out.scale + i * out.groups, out.sum + i * out.groups);
+}
+
+void inner_row(Runtime& rt, float* gate, const float* up, int64_t n, int group, int rotation, QuantRows& out, int64_t i) {
+  rt.table->silu_mul(gate, up, n);
+  if (rotation) rotate(gate, n, rotation);
+  quantize_row(rt, gate, n, group, out, i);
 }
 
 void rms_norm(const KernelTable& k, const float* x, const float* weight, float eps, int64_t n, float* y) {
@@ -112,10 +120,7 @@ void feed_forward(Runtime& rt, const FeedForwardWeights& w, int64_t tokens, floa
   multiply(rt, {product(w.gate, rows, g), product(w.up, rows, u)});
   QuantRows middle = quant_rows(rt, tokens, inner, group);
   rt.pool.parallel_for(tokens, 1, [&](int64_t begin, int64_t end, int) {
-    for (int64_t t = begin; t < end; ++t) {
-      k.silu_mul(g + t * inner, u + t * inner, inner);
-      quantize_row(rt, g + t * inner, inner, group, middle, t);
-    }
+    for (int64_t t = begin; t < end; ++t) inner_row(rt, g + t * inner, u + t * inner, inner, group, w.rotation, middle, t);
   });
   float* y = rt.scratch.get<float>(tokens * hidden);
   multiply(rt, {product(w.down, middle.row(0, tokens), y)});

@@ -43,6 +43,9 @@ struct QuantRows {
 
 QuantRows quant_rows(Runtime& rt, int64_t m, int64_t cols, int group);
 void quantize_row(Runtime& rt, const float* x, int64_t cols, int group, QuantRows& out, int64_t i);
+// What gate and up make for down, as down's row i: silu(gate) * up, rotated in spans of `rotation` (0: not at all; see rotate.h).
+// Overwrites gate[n].
+void inner_row(Runtime& rt, float* gate, const float* up, int64_t n, int group, int rotation, QuantRows& out, int64_t i);
 void rms_norm(const KernelTable& k, const float* x, const float* weight, float eps, int64_t n, float* y);
 // x [tokens, n] += y, in parallel.
 void add_rows(Runtime& rt, const float* y, int64_t tokens, int64_t n, float* x);
@@ -79,6 +82,7 @@ struct FeedForwardWeights {
   const float* mix = nullptr;  // [hidden]: the output is scaled by sigmoid(mix . h)
   const float* norm = nullptr; // [hidden]: this block norms its input itself
   float eps = 0.0f;
+  int rotation = 0;            // of what down meets
 };
 
 // x += scale * down(silu(gate h) * up h). h is the normed input; where the block has a norm, h is computed here from x.

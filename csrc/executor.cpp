@@ -291,10 +291,8 @@ void Executor::compute_batch(Group* const* groups, size_t n_groups) {
     });
   multiply(rt_, first);
   rt_.pool.parallel_for(total, 2, [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i) {
-      rt_.table->silu_mul(gate + i * shape_.inner, up + i * shape_.inner, shape_.inner);
-      quantize_row(rt_, gate + i * shape_.inner, shape_.inner, shape_.group, middle, i);
-    }
+    for (int64_t i = begin; i < end; ++i)
+      inner_row(rt_, gate + i * shape_.inner, up + i * shape_.inner, shape_.inner, shape_.group, shape_.rotation, middle, i);
   });
   multiply(rt_, second);
 }

@@ -24,6 +24,7 @@ struct ExpertShape {
   int64_t layers = 0, experts = 0, hidden = 0, inner = 0; // layers: those with experts
   int group = 64;
   int64_t base_bytes = 0, plane_bytes = 0; // padded segments on disk and in a slot
+  int rotation = 0;                        // of what down meets, see rotate.h
 };
 
 using Wanted = std::array<int64_t, kMaxBits + 1>; // experts by the widest width a layer call asks of them

@@ -16,6 +16,9 @@ MWQ) with s_{k+1} = s_k / 2: a plane of signs with half the scale of the plane b
 that R = the largest range/256 of the row / 255; an R of at most TINY is 0, and so is the whole row. A search of clips over
 squared weight errors was tried and lost to plain range (docs/log.md).
 
+What `down` of a gated block meets may be rotated: `rotate` takes sums and differences of its inputs, the weights are rotated to fit, and the
+product is the same. The rotated weights of a row are alike in size, which a shared step wants.
+
 Products with int8 activations: x is cut into the same groups, x_i ≈ a * q_i with a = max|x| / 127 per group,
 q_i = round_half_even(x_i * (127 / max|x|)); a group whose max|x| is at most TINY is all zero. All arithmetic below is
 float32, one operation at a time, groups in order:
@@ -55,6 +58,22 @@ def half_cell(bits: int) -> np.float32:
     """Half a cell of the `bits`-bit code, in units of the 8-bit cell."""
     half: np.float32 = np.float32(2.0 ** (MAX_BITS - 1 - bits))
     return half
+
+
+def rotate(x: F32, span: int) -> F32:
+    """Walsh-Hadamard transforms of whole spans of the last dimension of x float32, without a factor; what is left of a span stays.
+
+    `span` is a power of two. Its own inverse but for that factor: rotate(rotate(x)) is span * x. In exact arithmetic
+    rotate(x) @ (rotate(w) / span).T is x @ w.T; dividing by a power of two is exact.
+    """
+    whole = x.shape[-1] // span * span
+    y = x[..., :whole].reshape(-1, span)
+    step = 1
+    while step < span:
+        a, b = np.moveaxis(y.reshape(-1, span // (2 * step), 2, step), 2, 0)
+        y = np.stack([a + b, a - b], axis=2).reshape(-1, span)
+        step *= 2
+    return np.concatenate([y.reshape(*x.shape[:-1], whole), x[..., whole:]], axis=-1)
 
 
 def fit(w: F32) -> tuple[U8, F32]:

@@ -15,6 +15,8 @@ WIDTHS = tuple(range(BASE_BITS, MAX_BITS + 1))
 
 TILE_ROWS = 16
 """Output rows that are stored side by side; one lane of a 512-bit register each."""
+GROUP = 128
+"""Columns that share a step and a zero, unless a conversion is told otherwise; the paper's own."""
 ALIGN_BYTES = 4096
 """Alignment and size granularity of everything that is read with direct I/O."""
 

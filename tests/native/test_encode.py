@@ -116,3 +116,15 @@ def test_wrong_arguments_are_refused(rng: np.random.Generator) -> None:
         native.pack(np.zeros((1, 1, 4, 64), np.uint8))
     tiles, affine, row_scale = native.encode(w, 64)
     assert tiles.shape == (padded(4, 16) // 16, 1, 16, 64) and affine.shape == (1, 1, 2, 16) and row_scale.shape == (1, 16)
+
+
+@pytest.mark.parametrize("span", [16, 32, 64, 128, 1024])
+def test_rotate_is_exact(rng: np.random.Generator, span: int) -> None:
+    for cols in (span, 3 * span + int(rng.integers(1, span))):
+        x = (rng.standard_normal((5, cols)) * np.exp(rng.uniform(-8, 8, (5, 1)))).astype(np.float32)
+        np.testing.assert_array_equal(native.rotate(x, span).view(np.uint32), planes.rotate(x, span).view(np.uint32))
+    x[0, 0] = np.inf
+    np.testing.assert_array_equal(np.isfinite(native.rotate(x, span)), np.isfinite(planes.rotate(x, span)))
+    for bad in (0, 8, 48):
+        with pytest.raises(ValueError, match=f"span is {bad}, expected a power of two from 16 on"):
+            native.rotate(x, bad)

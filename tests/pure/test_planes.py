@@ -52,6 +52,33 @@ def test_every_code_is_a_prefix_of_every_wider_one(bits: int) -> None:
         assert np.array_equal(np.abs(finer - value), np.full(256, cell / 4))
 
 
+@pytest.mark.parametrize("span", [32, 64, 1024])
+def test_rotation_keeps_products(span: int) -> None:
+    rng = np.random.default_rng()
+    cols = 2 * span + 40 % span
+    x, w = rng.standard_normal((3, cols)).astype(np.float32), rng.standard_normal((5, cols)).astype(np.float32)
+    matrix = np.ones((1, 1))
+    while len(matrix) < span:  # Sylvester's construction
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    turned = planes.rotate(x, span)
+    np.testing.assert_allclose(turned[:, :span], x[:, :span] @ matrix, atol=1e-3)
+    assert np.array_equal(turned[:, 2 * span :], x[:, 2 * span :])
+    whole = slice(0, 2 * span)
+    np.testing.assert_allclose(turned[:, whole] @ planes.rotate(w, span)[:, whole].T / span, x[:, whole] @ w[:, whole].T, atol=1e-3)
+    np.testing.assert_allclose(planes.rotate(turned, span)[:, whole] / span, x[:, whole], atol=1e-4)
+
+
+def test_rotation_evens_out_a_row_of_few_large_weights() -> None:
+    """What it is for: an outlier in a group takes the step of all the others."""
+    w = gaussian(32, 256, 3)
+    w[:, ::32] *= 12
+    errors = []
+    for stored in (w, planes.rotate(w, 256) / np.float32(256)):
+        codes, affine, row_scale = planes.quantize(stored, 128)
+        errors.append(decibel(stored, planes.dequantize(codes, affine, row_scale, 3, *w.shape)))
+    assert errors[1] < errors[0] - 3
+
+
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("kind", ["normal", "heavy", "uniform", "positive", "negative"])
 def test_error_is_at_most_half_a_cell(kind: str, bits: int) -> None:

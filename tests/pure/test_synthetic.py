@@ -143,7 +143,7 @@ def test_shared_and_dense_blocks_too(tmp_path: Path, tokenizer: Path) -> None:
     }  # fmt: skip
     container = Container.open(synthesise(tmp_path / "x", config, tokenizer))
     assert container.moe_layers == (1,) and container.read_dense("layers.1.shared.mix").shape == (96,)
-    assert container.nested["layers.0.mlp.down"].groups == 3 and verify(container).problems == ()
+    assert container.nested["layers.0.mlp.down"].groups == 2 and verify(container).problems == ()
 
 
 def test_the_shapes_are_those_of_the_models() -> None:

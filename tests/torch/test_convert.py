@@ -56,9 +56,10 @@ def sparse_or_dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
 # --- what comes out ---
 
 
-def check_matrix(w: np.ndarray, matrix: NestedMatrix, group: int = 64) -> None:
+def check_matrix(w: np.ndarray, matrix: NestedMatrix, rotation: int = 0, group: int = 128) -> None:
     """Codes and scales are exactly those of planes.py, and its values are near the weights."""
     rows, cols = w.shape
+    w = planes.rotate(w, rotation) / np.float32(rotation) if rotation else w
     codes = planes.untile(planes.unpack(matrix.base, matrix.planes))
     stored = codes, planes.untile_affine(matrix.affine), matrix.row_scale.reshape(-1)
     for found, wanted in zip(stored, planes.quantize(w, group), strict=True):
@@ -71,10 +72,14 @@ def check_matrix(w: np.ndarray, matrix: NestedMatrix, group: int = 64) -> None:
 def check_container(path: Path, model: Any) -> None:
     """Every tensor of the container against the weights in transformers' own modules."""
     container = Container.open(path)
+    rotation = container.record.rotation
+    span = container.record.inner & -container.record.inner
+    assert rotation == (span if span >= 32 else 0)
     seen = set()
 
     def linear(name: str, module: Any) -> None:
-        check_matrix(module.weight.detach().numpy(), container.read_nested(name, 8))
+        turned = rotation if name.endswith(".down") else 0
+        check_matrix(module.weight.detach().numpy(), container.read_nested(name, 8), turned)
         seen.add(name)
         if getattr(module, "bias", None) is not None:
             plain(f"{name}_bias", module.bias)
@@ -106,7 +111,8 @@ def check_container(path: Path, model: Any) -> None:
             plain(f"{name}.router", torch.zeros(1, model.config.hidden_size))
             stored = container.read_expert(index, 0, 8)
             for part in ("gate", "up", "down"):
-                check_matrix(getattr(layer.mlp, f"{part}_proj").weight.detach().numpy(), stored[part])
+                turned = rotation if part == "down" else 0
+                check_matrix(getattr(layer.mlp, f"{part}_proj").weight.detach().numpy(), stored[part], turned)
             continue
         if not hasattr(layer.mlp, "experts"):
             block(f"{name}.mlp", layer.mlp)
@@ -121,7 +127,7 @@ def check_container(path: Path, model: Any) -> None:
             both = layer.mlp.experts.gate_up_proj[e].detach().numpy()
             down = layer.mlp.experts.down_proj[e].detach().numpy()
             for part, w in (("gate", both[:inner]), ("up", both[inner:]), ("down", down)):
-                check_matrix(np.ascontiguousarray(w), stored[part])
+                check_matrix(np.ascontiguousarray(w), stored[part], rotation if part == "down" else 0)
     assert seen == set(container.nested) | set(container.floats)
     assert len(container.dense) == 9 * len(container.nested) + len(container.floats)
 
@@ -158,14 +164,17 @@ def test_shards_and_layouts_give_the_same_container(layout: str, tmp_path: Path)
     assert one == other
 
 
-def test_group_of_128_and_attention_biases(tmp_path: Path) -> None:
+def test_group_of_64_without_rotation_and_attention_biases(tmp_path: Path) -> None:
     _, model = tiny_checkpoint("qwen3_moe", tmp_path / "src", attention_bias=True, num_hidden_layers=2)
-    convert(tmp_path / "src", tmp_path / "dst", group=128, balance=False)
+    convert(tmp_path / "src", tmp_path / "dst", group=64, balance=False, rotate=False)
     container = Container.open(tmp_path / "dst")
-    assert container.record.group == 128
+    assert container.record.group == 64 and container.record.rotation == 0
     assert np.abs(container.read_dense("layers.1.attn.o_bias")).max() > 0
     w = model.model.layers[1].self_attn.o_proj.weight.detach().numpy()
-    check_matrix(w, container.read_nested("layers.1.attn.o", 8), 128)
+    check_matrix(w, container.read_nested("layers.1.attn.o", 8), group=64)
+    layer = container.moe_layers[0]
+    down = model.model.layers[layer].mlp.experts.down_proj[0].detach().numpy()
+    check_matrix(np.ascontiguousarray(down), container.read_expert(layer, 0, 8)["down"], group=64)
 
 
 def test_large_matrices_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +323,7 @@ def test_resuming_something_else_is_refused(single: Path, tmp_path: Path) -> Non
     with pytest.raises(KeyboardInterrupt):
         convert(single, tmp_path / "dst", progress=Counting(5))
     with pytest.raises(D2MoeError, match=r"dst.partial: was begun with other facts"):
-        convert(single, tmp_path / "dst", group=128)
+        convert(single, tmp_path / "dst", group=64)
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors[NAME] *= 2

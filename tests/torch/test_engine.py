@@ -10,9 +10,9 @@ transformers = pytest.importorskip("transformers", reason="needs the test extra:
 
 from checkpoints import FAMILIES, tiny_checkpoint  # noqa: E402
 
-from d2moe import planes  # noqa: E402
 from d2moe.container import PROJECTIONS, Container  # noqa: E402
 from d2moe.convert.pipeline import convert  # noqa: E402
+from d2moe.convert.torch_decoder import matrix  # noqa: E402
 from d2moe.models import family, shape_from_config  # noqa: E402
 from d2moe.runtime.config import EngineConfig  # noqa: E402
 from d2moe.runtime.engine import Engine  # noqa: E402
@@ -33,7 +33,8 @@ def case(request, tmp_path_factory):
     seed = int(np.random.default_rng().integers(1 << 31))
     print(f"{name}: seed {seed}")
     _, model = tiny_checkpoint(name, folder / "hf", seed=seed, decisive=decisive)
-    return convert(folder / "hf", folder / "model.d2moe"), model, decisive
+    path = convert(folder / "hf", folder / "model.d2moe")
+    return path, model, decisive
 
 
 def dequantised(path, model, bits, dense_bits):
@@ -41,6 +42,9 @@ def dequantised(path, model, bits, dense_bits):
     container = Container.open(path)
     shape = shape_from_config(container.config, str(path))
     names = family(shape.model_type).source_names(shape)
+    record = container.record
+    rotation = record.rotation
+    shapes = {p: (record.matrix(p).rows, record.matrix(p).cols, rotation if p == "down" else 0) for p in PROJECTIONS}
     state = {k: v.clone() for k, v in model.state_dict().items()}
     for canonical, source in names.dense.items():
         if not source.names:
@@ -49,30 +53,22 @@ def dequantised(path, model, bits, dense_bits):
         if not source.quantized:  # conversion moves factors between norms and columns
             state[target] = torch.from_numpy(container.read_dense(canonical).copy()).reshape(source.shape)
             continue
-        state[target] = values(container.read_nested(canonical, dense_bits), dense_bits, *source.shape)
-    record = container.record
+        turned = rotation if canonical.endswith("down") else 0
+        state[target] = matrix(container.read_nested(canonical, dense_bits), dense_bits, *source.shape, turned)
     for layer in container.moe_layers:
         if names.is_dense:
             parts = container.read_expert(layer, 0, bits)
             for target, part in zip(names.expert(layer, 0)[0], PROJECTIONS, strict=True):
-                state[target] = values(parts[part], bits, record.matrix(part).rows, record.matrix(part).cols)
+                state[target] = matrix(parts[part], bits, *shapes[part])
             continue
         prefix = next(k for k in state if k.startswith(f"model.layers.{layer}.") and k.endswith("experts.gate_up_proj"))
         for expert in range(container.experts):
             parts = container.read_expert(layer, expert, bits)
-            shapes = {p: record.matrix(p) for p in PROJECTIONS}
-            w = {p: values(parts[p], bits, shapes[p].rows, shapes[p].cols) for p in PROJECTIONS}
+            w = {p: matrix(parts[p], bits, *shapes[p]) for p in PROJECTIONS}
             state[prefix][expert] = torch.cat([w["gate"], w["up"]])
             state[prefix.replace("gate_up_proj", "down_proj")][expert] = w["down"]
     original = {k: v.clone() for k, v in model.state_dict().items()}
     return state, original
-
-
-def values(matrix, bits, rows, cols):
-    """The weights of a nested matrix as a float32 tensor [rows, cols]."""
-    codes = planes.untile(planes.unpack(matrix.base, matrix.planes))
-    w = planes.dequantize(codes, planes.untile_affine(matrix.affine), matrix.row_scale.reshape(-1), bits, rows, cols)
-    return torch.from_numpy(w)
 
 
 def answers(model, state, tokens):
@@ -107,7 +103,7 @@ def test_logits_agree_with_transformers(case, bits, dense_bits):
         found = fed(engine, tokens, bits)
         if not decisive:
             # The middle token: one in some dozens sits at a near tie and is routed to another expert.
-            assert np.median(per_token(found, expected)) <= 2.5e-2
+            assert np.median(per_token(found, expected)) <= 3e-2
         # Every shorter prompt, and feeding token by token, gives the same bits, so the bound holds for them, too.
         for n in (1, 2, 33, int(rng.integers(3, 50))):
             assert np.array_equal(fed(engine, tokens[:n], bits), found[:n]), n

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from d2moe.cli.shared import model_path, print_json, print_table, read_text
+from d2moe.types import GROUP
 
 if TYPE_CHECKING:
     from d2moe.convert.calibration import Calibration
@@ -44,7 +45,7 @@ REPORT_TOKENS = click.option(
 @click.argument("src", type=click.Path(exists=True))
 @click.argument("dst", type=click.Path())
 @click.option(
-    "--group", type=click.Choice(["64", "128"]), default="64", show_default=True, help="Weights that share a scale."
+    "--group", type=click.Choice(["64", "128"]), default=str(GROUP), show_default=True, help="Weights that share a scale."
 )
 @click.option(
     "--balance/--no-balance",
@@ -52,6 +53,13 @@ REPORT_TOKENS = click.option(
     show_default=True,
     help="Move factors between weights that follow each other (norms and columns, up and down, v and o): no output "
     "changes, and low widths lose less.",
+)
+@click.option(
+    "--rotate/--no-rotate",
+    default=True,
+    show_default=True,
+    help="Rotate what every down meets (Walsh-Hadamard transforms while running): its weights become alike in size, "
+    "and all widths lose less.",
 )
 @click.option(
     "--calibration",
@@ -95,6 +103,7 @@ def convert(
     dst: str,
     group: str,
     balance: bool,
+    rotate: bool,
     calibration: tuple[str, ...],
     self_calibration: bool,
     calibration_tokens: int,
@@ -144,6 +153,7 @@ def convert(
             dst,
             group=int(group),
             balance=balance,
+            rotate=rotate,
             calibration=text,
             threads=threads,
             progress=_Conversion(bar),

@@ -108,6 +108,8 @@ class RecordLayout:
     """What `base` is larger than this version needs: optional parts that it skips; a multiple of 4096."""
     plane_spare_bytes: int = 0
     """The same for every plane segment."""
+    rotation: int = 0
+    """Span in which the inputs of down are rotated (`planes.rotate`), in experts and dense blocks alike; 0: they are not."""
 
     def matrix(self, projection: str) -> MatrixLayout:
         """Layout of "gate", "up" or "down"."""

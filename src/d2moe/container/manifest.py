@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from d2moe.container.files import parse_json, shown
@@ -89,6 +89,7 @@ def dump_manifest(manifest: Manifest) -> bytes:
         "version": VERSION,
         "seal": "0" * 64,
         "group": record.group,
+        **({"rotation": record.rotation} if record.rotation else {}),
         "hidden": record.hidden,
         "inner": record.inner,
         "layers": list(manifest.layers),
@@ -139,7 +140,7 @@ class _Parser:
         if version < VERSION:
             self.fail(f"version is {version}, this d2moe reads {VERSION}", "convert the model again")
         newer = "if a newer d2moe made it, upgrade; otherwise the manifest is damaged"
-        if unknown := set(table) - _KEYS - {"seal", "optional"}:
+        if unknown := set(table) - _KEYS - {"seal", "optional", "rotation"}:
             self.fail(f"has the unknown key {shown(min(unknown))}", newer)
         if missing := _KEYS - set(table):
             self.fail(f"lacks the key {shown(min(missing))}")
@@ -147,11 +148,14 @@ class _Parser:
         if group not in GROUPS:
             self.fail(f"group is {group}, expected a multiple of 32 up to {max(GROUPS)}")
         hidden, inner = (self.number(table[name], name, 1, MAX_SIDE) for name in ("hidden", "inner"))
+        rotation = self.number(table.get("rotation", 0), "rotation", 0, MAX_SIDE)
+        if rotation and (rotation < min(GROUPS) or rotation & (rotation - 1)):
+            self.fail(f"rotation is {rotation}, expected a power of two from {min(GROUPS)} on")
         experts = self.number(table["experts"], "experts", 1, MAX_COUNT)
         layers = [self.number(v, "a layer", 0, MAX_COUNT) for v in self.list(table["layers"], "layers")]
         if not layers or layers != sorted(set(layers)):
             self.fail(f"layers is {shown(layers)}, expected ascending numbers, at least one")
-        record, optional_segments = self.segments(table["segments"], RecordLayout(hidden, inner, group))
+        record, optional_segments = self.segments(table["segments"], RecordLayout(hidden, inner, group, rotation=rotation))
         expert_files = {expert_file(layer) for layer in layers}
         rows = self.object(table["files"], "files")
         files = {name: self.file(name, facts, expert_files) for name, facts in rows.items()}
@@ -179,7 +183,7 @@ class _Parser:
                 self.fail(f"a segment is named {shown(name)}, expected a new name in small letters")
             self.skippable(row, f"segment {shown(name)}")
             optional[name] = self.number(row.get("bytes"), f"bytes of segment {name}", 0, 1 << 48)
-        return RecordLayout(plain.hidden, plain.inner, plain.group, *spare), optional
+        return replace(plain, base_spare_bytes=spare[0], plane_spare_bytes=spare[1]), optional
 
     def segment(self, row: dict[str, Any], plain: RecordLayout) -> int:
         """Bytes of a segment whose known parts are where the layout has them."""

@@ -19,6 +19,7 @@ from d2moe.convert.calibration import I32, Stream
 from d2moe.convert.feedback import F32, F64, Feedback, Rounded, Target
 from d2moe.convert.job import Job, Progress, packed
 from d2moe.convert.source import ModelSource
+from d2moe.kernels import native
 from d2moe.planes import tile, tile_affine
 from d2moe.types import TILE_ROWS, ModelShape
 
@@ -108,8 +109,15 @@ class CalibratedJob(Job):
 
     def _corrected(self, name: str, hessian: F32) -> None:
         if not self._has_dense(name):
-            feedback = self._feedback(hessian, "dense")
-            self._linear(name, lambda piece: nested(feedback.round(piece)))
+            feedback = self._feedback(self._met(name, hessian), "dense")
+            self._linear(name, lambda piece: nested(feedback.round(self._inward(name, piece))))
+
+    def _met(self, name: str, hessian: F32) -> F32:
+        """The Hessian of a matrix's inputs as the engine gives them (`_inward`)."""
+        if not self._rotation or name.rpartition(".")[2] != "down":
+            return hessian
+        turned: F32 = native.rotate(np.ascontiguousarray(native.rotate(hessian, self._rotation).T), self._rotation)
+        return turned
 
     def _feedback(self, hessian: F32, kind: str) -> Feedback:
         return Feedback(
@@ -142,13 +150,15 @@ class CalibratedJob(Job):
             by = inner_factors(inner, parts["down"])
             inner = inner / np.outer(by, by)
             parts = {"gate": parts["gate"], "up": parts["up"] / by[:, None], "down": parts["down"] * by}
+        inner = self._met("down", inner)
         first, second = self._feedback(into, "experts"), self._feedback(inner, "experts")
         matrices, losses = {}, []
         for name in PROJECTIONS:
-            rounded = (second if name == "down" else first).round(parts[name])
+            weights = self._inward(name, parts[name])
+            rounded = (second if name == "down" else first).round(weights)
             hessian = inner if name == "down" else into
             matrices[name] = nested(rounded)
-            energy = np.vdot(parts[name] @ hessian, parts[name])
+            energy = np.vdot(weights @ hessian, weights)
             losses.append(rounded.losses / max(float(energy), 1e-30))
         return matrices, np.array(losses)
 

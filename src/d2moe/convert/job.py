@@ -47,7 +47,7 @@ class Job:
 
     def __init__(self, checkpoint: ModelSource, writer: ContainerWriter, group: int, threads: int, progress: Progress):
         self.checkpoint, self.writer, self.progress = checkpoint, writer, progress
-        self._group, self._threads = group, threads
+        self._group, self._rotation, self._threads = group, writer.record.rotation, threads
         shape = checkpoint.shape
         self._expert_weights = 3 * shape.hidden * shape.expert_inner
         experts = shape.experts * len(shape.moe_layers)
@@ -65,7 +65,7 @@ class Job:
         self.progress.start(self.total, self.done)
         for name, source in self.checkpoint.names.dense.items():
             if source.quantized:
-                self._linear(name, self._nearest)
+                self._linear(name, lambda piece, name=name: self._nearest(self._inward(name, piece)))
             else:
                 self._plain(name)
         for layer in self.checkpoint.shape.moe_layers:
@@ -97,8 +97,16 @@ class Job:
             self._advance(piece.size, name)
 
     def _expert(self, layer: int, index: int) -> None:
-        matrices = {name: self._nearest(weights) for name, weights in self.checkpoint.read_expert(layer, index)}
+        parts = self.checkpoint.read_expert(layer, index)
+        matrices = {name: self._nearest(self._inward(name, weights)) for name, weights in parts}
         self.writer.add_expert(layer, index, matrices)
+
+    def _inward(self, name: str, weights: F32) -> F32:
+        """Weights float32 [rows, cols] for inputs as the engine gives them: those of every down come rotated."""
+        if not self._rotation or name.rpartition(".")[2] != "down":
+            return weights
+        turned: F32 = native.rotate(weights, self._rotation) * np.float32(1 / self._rotation)
+        return turned
 
     def _nearest(self, weights: F32) -> NestedMatrix:
         return packed(*native.encode(weights, self._group, self._threads))

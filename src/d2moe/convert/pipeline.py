@@ -29,14 +29,16 @@ from d2moe.convert.job import Job, Progress, Silent
 from d2moe.convert.samples import OwnSamples, Samples
 from d2moe.convert.source import ModelSource, open_source
 from d2moe.errors import CheckpointError, ConfigError
+from d2moe.types import GROUP
 
 
 def convert(
     src: str | Path,
     dst: str | Path,
     *,
-    group: int = 64,
+    group: int = GROUP,
     balance: bool = True,
+    rotate: bool = True,
     calibration: Calibration | OwnSamples | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -45,7 +47,8 @@ def convert(
     """Convert `src`, the folder of a Hugging Face checkpoint or a GGUF file, to the container `dst`; returns `dst`.
 
     `group` weights along the input share a scale; `balance` moves factors between weights that follow each other, which
-    changes no output and helps the lower widths (convert/balance.py); `calibration` is text by which weights are rounded with
+    changes no output and helps the lower widths (convert/balance.py); `rotate` has the engine
+    rotate what every down meets (planes.rotate), which evens its weights out; `calibration` is text by which weights are rounded with
     error feedback (convert/calibrated.py) instead of to the nearest, or has the model write it, or both (convert/samples.py, which
     keeps `dst`.samples meanwhile); `threads` None means all CPUs this process may use.
     `dst`.partial holds an unfinished conversion; the same call resumes it. Interrupted, it raises KeyboardInterrupt with a
@@ -53,7 +56,7 @@ def convert(
     nothing is left behind), ContainerError (`dst` exists, or the .partial is of another conversion) and StorageError.
     """
     if isinstance(group, bool) or group not in GROUPS:
-        raise ConfigError(f"group is {group!r}, expected a multiple of {GROUPS[0]} up to {GROUPS[-1]}, such as 64")
+        raise ConfigError(f"group is {group!r}, expected a multiple of {GROUPS[0]} up to {GROUPS[-1]}, such as {GROUP}")
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise ConfigError(f"threads is {threads!r}, expected a whole number of at least 1")
     threads = threads or len(os.sched_getaffinity(0))
@@ -62,8 +65,8 @@ def convert(
         progress = progress or Silent()
         windows, samples = None, None
         if isinstance(calibration, OwnSamples):
-            samples = Samples(Path(dst), {"source": checkpoint.facts(), "group": group, "balance": balance})
-            same: dict[str, Any] = {"group": group, "balance": balance, "ignore_config_keys": ignore_config_keys}
+            samples = Samples(Path(dst), {"source": checkpoint.facts(), "group": group, "balance": balance, "rotate": rotate})
+            same: dict[str, Any] = {"group": group, "balance": balance, "rotate": rotate, "ignore_config_keys": ignore_config_keys}
             plainly = partial(convert, src, threads=threads, progress=progress, **same)
             windows = samples.windows(calibration, plainly, threads, progress)
             if calibration.beside is not None:
@@ -73,7 +76,8 @@ def convert(
             windows = calibration.windows(checkpoint)
         if windows is not None:
             quantizer |= {"name": "descent", "calibration": calibration_facts(windows), **calibrated.facts()}
-        writer = _writer(checkpoint, Path(dst), quantizer, ignore_config_keys)
+        rotation = rotation_of(checkpoint.shape.expert_inner) if rotate else 0
+        writer = _writer(checkpoint, Path(dst), quantizer, rotation, ignore_config_keys)
         source = Balanced(checkpoint, partial(progress.advance, 0)) if balance else checkpoint
         job = Job(source, writer, group, threads, progress)
         if windows is not None:
@@ -96,13 +100,19 @@ def convert(
             raise
 
 
-def _writer(checkpoint: ModelSource, dst: Path, quantizer: dict[str, Any], ignored: Collection[str]) -> ContainerWriter:
+def rotation_of(inner: int) -> int:
+    """The span in which an expert's inner channels are rotated: the largest power of two that divides them, 0 if that is too small."""
+    span = inner & -inner
+    return span if span >= GROUPS[0] else 0
+
+
+def _writer(checkpoint: ModelSource, dst: Path, quantizer: dict[str, Any], rotation: int, ignored: Collection[str]) -> ContainerWriter:
     shape, group = checkpoint.shape, quantizer["group"]
     is_calibrated = quantizer["name"] != "range"
     dense = dense_tensors(checkpoint.names.dense, group)
     return ContainerWriter(
         dst,
-        record=RecordLayout(shape.hidden, shape.expert_inner, group),
+        record=RecordLayout(shape.hidden, shape.expert_inner, group, rotation=rotation),
         layers=shape.moe_layers,
         experts=shape.experts,
         dense=dense | calibrated.loss_tensors(shape) if is_calibrated else dense,

@@ -25,10 +25,11 @@ from d2moe.container import (
     pack_record,
 )
 from d2moe.container.layout import arrays_at
+from d2moe.convert.pipeline import rotation_of
 from d2moe.convert.huggingface import dense_tensors, target_shape
 from d2moe.models import family, shape_from_config
 from d2moe.models.config import Source
-from d2moe.types import MAX_BITS, TILE_ROWS, check_width
+from d2moe.types import GROUP, MAX_BITS, TILE_ROWS, check_width
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -84,7 +85,7 @@ def synthesise(
     config: dict[str, Any],
     tokenizer: Path,
     *,
-    group: int = 64,
+    group: int = GROUP,
     seed: int = 0,
     bits: int = MAX_BITS,
 ) -> Path:
@@ -96,7 +97,7 @@ def synthesise(
     """
     check_width(bits)
     shape = shape_from_config(config, "synthetic config")
-    record = RecordLayout(shape.hidden, shape.expert_inner, group)
+    record = RecordLayout(shape.hidden, shape.expert_inner, group, rotation=rotation_of(shape.expert_inner))
     sources = family(shape.model_type).source_names(shape).dense
     writer = ContainerWriter(
         dst,

@@ -28,11 +28,11 @@ Choose = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(x [n, hidden] before the norm, h [n, hidden], experts [n, top_k], gates [n, top_k]) -> widths int64 [n, top_k], 0 for none."""
 
 
-def matrix(m: NestedMatrix, bits: int, rows: int, cols: int) -> Tensor:
-    """A nested matrix as float32 [rows, cols] at `bits`, of which it may have more."""
+def matrix(m: NestedMatrix, bits: int, rows: int, cols: int, rotation: int = 0) -> Tensor:
+    """A nested matrix as float32 [rows, cols] at `bits`, of which it may have more, for inputs that are not rotated."""
     codes = planes.untile(planes.unpack(m.base, m.planes[: bits - BASE_BITS]))
     w = planes.dequantize(codes, planes.untile_affine(m.affine), m.row_scale.reshape(-1), bits, rows, cols)
-    return torch.from_numpy(w)
+    return torch.from_numpy(planes.rotate(w, rotation) if rotation else w)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -46,6 +46,7 @@ class TorchDecoder:
         self.container, self.shape = container, shape_from_config(container.config, str(container.path / "config.json"))
         s = self.shape
         self.moe_layers = container.moe_layers
+        self._rotations = {"down": container.record.rotation}
         self._embed = self._dense("embed", s.vocab, s.hidden)
         self._head = self._embed if s.tied_embeddings else self._dense("head", s.vocab, s.hidden)
         self._final_norm = self._vector("final_norm")
@@ -59,7 +60,8 @@ class TorchDecoder:
         self._inverse = torch.tensor(inverse_frequencies(s.rope, s.head_dim), dtype=torch.float32)
 
     def _dense(self, name: str, rows: int, cols: int) -> Tensor:
-        return matrix(self.container.read_nested(name, MAX_BITS), MAX_BITS, rows, cols)
+        rotation = self._rotations.get(name.rpartition(".")[2], 0)
+        return matrix(self.container.read_nested(name, MAX_BITS), MAX_BITS, rows, cols, rotation)
 
     def _vector(self, name: str) -> Tensor:
         return torch.from_numpy(self.container.read_dense(name))
@@ -122,7 +124,7 @@ class TorchDecoder:
                 record = self._records[index, expert] = self.container.read_expert(index, expert, MAX_BITS)
                 if len(self._records) > self._kept:
                     self._records.popitem(last=False)
-            self._experts[key] = [matrix(record[p], bits, *self._shapes[p]) for p in PROJECTIONS]
+            self._experts[key] = [matrix(record[p], bits, *self._shapes[p], self._rotations.get(p, 0)) for p in PROJECTIONS]
             if len(self._experts) > self._kept:
                 self._experts.popitem(last=False)
         return self._experts[key]

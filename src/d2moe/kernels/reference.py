@@ -58,6 +58,12 @@ def rms_norm(x: F32, weight: F32, eps: float) -> F32:
     return np.asarray(weight * (x * scale), np.float32)
 
 
+def inner_of(gate: F32, up: F32, rotation: int) -> F32:
+    """What gate and up make for down."""
+    inner = silu(gate) * up
+    return planes.rotate(inner, rotation) if rotation else inner
+
+
 def silu(x: F32) -> F32:
     with np.errstate(over="ignore"):
         return np.asarray(x / (1 + np.exp(-x)), np.float32)
@@ -165,13 +171,14 @@ class WidthRouter:
 
 
 class FeedForward:
-    def __init__(self, gate: Linear, up: Linear, down: Linear, mix: F32 | None, norm: F32 | None, eps: float):
+    def __init__(self, gate: Linear, up: Linear, down: Linear, mix: F32 | None, norm: F32 | None, eps: float, rotation: int = 0):
         self.gate, self.up, self.down, self.mix, self.norm, self.eps = gate, up, down, mix, norm, eps
+        self.rotation = rotation
 
     def forward(self, runtime: Runtime, h: F32, x: F32) -> None:
         if self.norm is not None:
             h = rms_norm(x, self.norm, self.eps)
-        inner = silu(self.gate.multiply(runtime, h)) * self.up.multiply(runtime, h)
+        inner = inner_of(self.gate.multiply(runtime, h), self.up.multiply(runtime, h), self.rotation)
         y = self.down.multiply(runtime, inner)
         x += y / (1 + np.exp(-(h @ self.mix)))[:, None] if self.mix is not None else y
 
@@ -348,7 +355,8 @@ class Experts:
                     raise RuntimeError(f"layer {self.layer} expert {expert} is not resident at {bits} bits")
                 token, rank = np.nonzero((self.ids == expert) & (self.bits == bits))
                 gate, up, down = self.matrices(self.layer, int(expert), int(bits))
-                inner = silu(gate.multiply(self.runtime, self.h[token])) * up.multiply(self.runtime, self.h[token])
+                h = self.h[token]
+                inner = inner_of(gate.multiply(self.runtime, h), up.multiply(self.runtime, h), self.f.get("rotation", 0))
                 self.out[token, rank] = down.multiply(self.runtime, inner)
 
     def finish(self, gates: F32, x: F32) -> None:

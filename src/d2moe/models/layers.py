@@ -47,11 +47,13 @@ class Places:
 
 @dataclass(frozen=True)
 class DenseOptions:
-    """`bits`: width of the dense weights in memory; `group`: columns that share a step and a zero; `allocate(n_bytes)` gives
+    """`bits`: width of the dense weights in memory; `group`: columns that share a step and a zero; `rotation`: of what down
+    meets (`planes.rotate`), 0 for none; `allocate(n_bytes)` gives
     the memory of each array, uint8 [n_bytes] at a multiple of 64 bytes."""
 
     bits: int
     group: int
+    rotation: int = 0
     allocate: Callable[[int], npt.NDArray[np.uint8]] | None = None
 
 
@@ -114,7 +116,7 @@ class Decoder:
         hidden = self.shape.hidden
         gate, up = self._linear(f"{name}.gate", inner, hidden), self._linear(f"{name}.up", inner, hidden)
         down = self._linear(f"{name}.down", hidden, inner)
-        return self._backend.FeedForward(gate, up, down, mix, norm, self.shape.rms_eps)
+        return self._backend.FeedForward(gate, up, down, mix, norm, self.shape.rms_eps, self._dense.rotation)
 
     def _add_layer(self, index: int) -> None:
         s, w, name = self.shape, self._weights, f"layers.{index}"

@@ -90,7 +90,7 @@ class Engine:
         """Grows when a text's keys and values may from now on be others than before."""
         self._streamer = Streamer(self.experts, self.ledger, self.counters, backend.StorageFailure, self.policy)
         report = (lambda index: progress(index + 1, shape.layers)) if progress else None
-        dense = DenseOptions(config.dense_width, record.group, memory.Arena(self.budget.dense).take)
+        dense = DenseOptions(config.dense_width, record.group, record.rotation, memory.Arena(self.budget.dense).take)
         widths = [self.router.layer(index) for index in range(len(layers))] if self.router else []
         self.decoder = Decoder(backend, self.runtime, shape, container, dense, chunk, self.kv, self.experts, report, widths)
         self._pause()
@@ -124,6 +124,7 @@ class Engine:
             offsets=[container.expert_offset(layer, 0) for layer in container.moe_layers],
             direct=direct,
             depth=depth,
+            rotation=record.rotation,
         )
 
     def record(self, ahead: int = 3) -> Recorder:

@@ -13,7 +13,7 @@ from d2moe.errors import ConfigError, ContainerError
 from d2moe.models import family, shape_from_config
 from d2moe.policy.trace import Meta
 from d2moe.simulate.device import Device, guess, parse_rates
-from d2moe.types import WIDTHS, ModelShape
+from d2moe.types import GROUP, WIDTHS, ModelShape
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ModelFacts:
         )
 
 
-def model_facts(path: Path, group: int = 64) -> ModelFacts:
+def model_facts(path: Path, group: int = GROUP) -> ModelFacts:
     """Facts of a converted model's folder, or of a config.json (or a folder with one), for which `group` is assumed."""
     if (path / "d2moe.json").is_file() or (path / "experts").is_dir():
         container = Container.open(path)
