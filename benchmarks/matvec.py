@@ -20,8 +20,9 @@ from rich.table import Table
 
 from d2moe.container.layout import MatrixLayout
 from d2moe.kernels import native
+from d2moe.types import GROUP
 
-GROUP, COLS = 64, 4096
+COLS = 4096
 
 
 def filled(n_bytes: int, rng: np.random.Generator) -> np.ndarray:

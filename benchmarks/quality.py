@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,7 @@ from d2moe import planes
 from d2moe.container import Container, NestedMatrix
 from d2moe.convert.calibration import Calibration
 from d2moe.convert.pipeline import convert
+from d2moe.convert.route_training import train
 from d2moe.convert.source import open_source
 from d2moe.errors import D2MoeError
 from d2moe.runtime.config import EngineConfig
@@ -49,6 +51,7 @@ from d2moe.runtime.request import Chunk
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "quality.md"
 BITS = (2, 3, 4, 5, 6, 8)
+DIALS = (2.25, 2.5, 3.0, 3.5, 4.0, 5.0)
 TIED = 0.1
 """What an embedding's own rows count beside the head's inputs, for all quantisers that are calibrated (as in our own)."""
 TEXTS = {"WikiText-2 test": "wikitext2.test.raw.txt", "held-out Wikipedia": "heldout_wiki.txt"}
@@ -146,6 +149,24 @@ class Laboratory:
             else:
                 logits = engine_logits(path, bits, dense)
             yield Contestant(family, f"{bits} bits", rule, container_bytes(container, bits, dense), run), logits
+
+    def dialled(self) -> Iterator[Entry]:
+        """Ours with its width router, as the engine runs it. Bytes are those of a model all of whose experts had the average width:
+        what a token reads of its experts is the same share of them."""
+        wanted = [dial for dial in DIALS if ("d2moe, dial", f"{dial:g} bits", "wider", "engine") not in self.done]
+        plain, path = self.folder / "calibrated.d2moe", self.folder / "dialled.d2moe"
+        if wanted and not path.exists():
+            tell("d2moe, dial: training the width router")
+            if not plain.exists():
+                convert(self.checkpoint, plain, calibration=self.calibration)
+            shutil.copytree(plain, path)
+            tokenizer = Tokenizer.from_file(str(self.checkpoint / "tokenizer.json"))
+            texts = {f.name: tokenizer.encode(read_text(f), add_special_tokens=False).ids for f in self.calibration.files}
+            train(path, texts, reference=self.checkpoint)
+        for dial in wanted:
+            dense = EngineConfig(bits=dial).dense_width
+            n_bytes = container_bytes(Container.open(path), dial, dense)
+            yield Contestant("d2moe, dial", f"{dial:g} bits", "wider", n_bytes, "engine"), engine_logits(path, dial, dense)
 
     # --- separate and nested quantisers ---
 
@@ -254,12 +275,14 @@ def container_weights(container: Container, like: Weights, bits: int, dense: int
     return weights
 
 
-def container_bytes(container: Container, bits: int, dense: int) -> int:
-    experts = len(container.moe_layers) * container.experts * container.record.prefix_bytes(bits)
-    return experts + container.dense_bytes(dense)
+def container_bytes(container: Container, bits: float, dense: int) -> int:
+    """Also of widths between two whole ones."""
+    record = container.record
+    one = record.base_bytes + (bits - 2) * record.plane_bytes
+    return round(len(container.moe_layers) * container.experts * one) + container.dense_bytes(dense)
 
 
-def engine_logits(path: Path, bits: int, dense: int) -> Logits:
+def engine_logits(path: Path, bits: float, dense: int) -> Logits:
     engine: list[Engine] = []  # opened when it is first asked
 
     def logits(ids: torch.Tensor) -> torch.Tensor:
@@ -282,6 +305,7 @@ def contestants(lab: Laboratory, peer_python: Path | None) -> list[tuple[int, It
     matgptq = lab.nested(lambda name, w: peers.matgptq(w, lab.hessians[name], 64, "experts" if is_expert(name) else "dense"))
     found = [
         ({"d2moe"}, 4 * n, lab.ours("d2moe", calibrated=True)),
+        ({"d2moe, dial"}, len(DIALS), lab.dialled()),
         ({"d2moe, uncalibrated"}, n, lab.ours("d2moe, uncalibrated", calibrated=False)),
         ({"GPTQ, group 64"}, 2 * n, lab.simple("GPTQ, group 64", lab.separate(peers.gptq, 64), both)),
         ({"GPTQ, group 128"}, 2 * n, lab.simple("GPTQ, group 128", lab.separate(peers.gptq, 128), both)),

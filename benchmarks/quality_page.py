@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 Row = dict[str, Any]
-OURS, NESTED = "d2moe", ("MWQ, group 128", "MatGPTQ-like, group 64", "Any-Precision", "d2moe, uncalibrated")
+OURS, DIALLED, NESTED = "d2moe", "d2moe, dial", ("MWQ, group 128", "MatGPTQ-like, group 64", "Any-Precision", "d2moe, uncalibrated")
 GOALS = {2: 3.5, 3: 0.8, 4: 0.25, 8: 0.05}
 """Per cent of perplexity above float32 that the project wants at most, all weights included."""
 NEAR = 0.02
@@ -73,7 +73,7 @@ def _model(rows: Sequence[Row]) -> str:
     missing = [f for f in (*FAMILIES, *NESTED) if f not in families(rows)]
     if missing:
         parts.append(f"**Not measured in this run**: {'; '.join(missing)}.")
-    parts += [verdict(rows, texts), widths(rows, texts), goals(rows, texts), ROWS, table(rows, texts)]
+    parts += [verdict(rows, texts), dialled(rows, texts), widths(rows, texts), goals(rows, texts), ROWS, table(rows, texts)]
     return "\n".join(parts)
 
 
@@ -164,6 +164,33 @@ def _by_name(found: Sequence[tuple[str, str]]) -> str:
     """Pairs (name, bits) as text."""
     names = dict.fromkeys(name for name, _ in found)
     return "; ".join(f"{n} at {', '.join(b for m, b in found if m == n)} bits" for n in names) or "nowhere"
+
+
+def dialled(rows: Sequence[Row], texts: Sequence[str]) -> str:
+    """Ours by the width router beside the best separate quantiser at the same bytes a token reads."""
+    mine = [r for r in rows if r["family"] == DIALLED]
+    if not mine:
+        return ""
+    known = [f for f in families(rows) if f not in NESTED]
+    out = [
+        "\n## At the bytes that a token reads",
+        "",
+        "Where experts come from storage, what counts is what a token reads of them. With the width router each token reads each of its",
+        "experts at a width of its own; MB is what all experts would take at the average, so it can be held against a separate one,",
+        "whose tokens read all their experts at one width. Ours is the engine's, activations in int8; theirs are weights alone.",
+        "",
+        "| dial | MB | " + " | ".join(f"{t}: KL | best separate | ours / best" for t in texts) + " |",
+        "|" + "---|" * (2 + 3 * len(texts)),
+    ]
+    for row in mine:
+        cells = [row["code"], f"{row['n_bytes'] / 1e6:.2f}"]
+        for text in texts:
+            values = {f: v for f in known if (v := rival(rows, f, text, row["n_bytes"])) is not None}
+            best = min(values, key=lambda f: values[f], default=None)
+            other = ("–", "–") if best is None else (f"{1000 * values[best]:.3f} ({best})", f"{kl(row, text) / values[best]:.2f}")
+            cells += [f"{1000 * kl(row, text):.3f}", *other]
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out)
 
 
 def widths(rows: Sequence[Row], texts: Sequence[str]) -> str:

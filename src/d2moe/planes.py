@@ -16,8 +16,8 @@ MWQ) with s_{k+1} = s_k / 2: a plane of signs with half the scale of the plane b
 that R = the largest range/256 of the row / 255; an R of at most TINY is 0, and so is the whole row. A search of clips over
 squared weight errors was tried and lost to plain range (docs/log.md).
 
-What `down` of a gated block meets may be rotated: `rotate` takes sums and differences of its inputs, the weights are rotated to fit, and the
-product is the same. The rotated weights of a row are alike in size, which a shared step wants.
+What `down` of a gated block meets may be rotated: `rotate` takes sums and differences of its inputs, the weights are rotated to
+fit, and the product is the same. The rotated weights of a row are alike in size, which a shared step wants.
 
 Products with int8 activations: x is cut into the same groups, x_i ≈ a * q_i with a = max|x| / 127 per group,
 q_i = round_half_even(x_i * (127 / max|x|)); a group whose max|x| is at most TINY is all zero. All arithmetic below is

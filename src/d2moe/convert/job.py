@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -65,7 +66,7 @@ class Job:
         self.progress.start(self.total, self.done)
         for name, source in self.checkpoint.names.dense.items():
             if source.quantized:
-                self._linear(name, lambda piece, name=name: self._nearest(self._inward(name, piece)))
+                self._linear(name, partial(self._nearest, name))
             else:
                 self._plain(name)
         for layer in self.checkpoint.shape.moe_layers:
@@ -98,7 +99,7 @@ class Job:
 
     def _expert(self, layer: int, index: int) -> None:
         parts = self.checkpoint.read_expert(layer, index)
-        matrices = {name: self._nearest(self._inward(name, weights)) for name, weights in parts}
+        matrices = {name: self._nearest(name, weights) for name, weights in parts}
         self.writer.add_expert(layer, index, matrices)
 
     def _inward(self, name: str, weights: F32) -> F32:
@@ -108,5 +109,5 @@ class Job:
         turned: F32 = native.rotate(weights, self._rotation) * np.float32(1 / self._rotation)
         return turned
 
-    def _nearest(self, weights: F32) -> NestedMatrix:
-        return packed(*native.encode(weights, self._group, self._threads))
+    def _nearest(self, name: str, weights: F32) -> NestedMatrix:
+        return packed(*native.encode(self._inward(name, weights), self._group, self._threads))

@@ -25,8 +25,8 @@ from d2moe.container import (
     pack_record,
 )
 from d2moe.container.layout import arrays_at
-from d2moe.convert.pipeline import rotation_of
 from d2moe.convert.huggingface import dense_tensors, target_shape
+from d2moe.convert.pipeline import rotation_of
 from d2moe.models import family, shape_from_config
 from d2moe.models.config import Source
 from d2moe.types import GROUP, MAX_BITS, TILE_ROWS, check_width
