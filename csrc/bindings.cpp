@@ -3,6 +3,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -424,6 +425,7 @@ NB_MODULE(_native, m) {
       .def_prop_ro("gates", [](const PyProgram& p) { return p.copied(p.program.gates(), p.program.waiting(), p.program.shape().top_k); }, nb::rv_policy::automatic)
       .def("logits", &PyProgram::logits)
       .def("abandon", [](PyProgram& p) { p.program.abandon(); }, nb::call_guard<nb::gil_scoped_release>())
-      .def_prop_ro("wanted", [](const PyProgram& p) { return std::vector<int64_t>(p.program.wanted().begin(), p.program.wanted().end()); })
+      .def_prop_ro("wanted", [](const PyProgram& p) { return p.program.wanted(); })
+      .def_prop_ro("taken", [](const PyProgram& p) { return p.program.taken(); })
       .def_prop_ro("busy_ns", [](const PyProgram& p) { return p.program.busy_ns(); });
 }

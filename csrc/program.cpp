@@ -55,6 +55,7 @@ void Program::start(const int32_t* ids, const TokenPlaces& places, int64_t token
   least_.assign(dials_.least, dials_.least + tokens);
   most_.assign(dials_.most, dials_.most + tokens);
   price_.assign(dials_.price, dials_.price + tokens);
+  taken_.assign(size_t(sequences), {});
   next_ = 0;
   noting_ = false;
   turn();
@@ -82,6 +83,7 @@ void Program::keep_rows() {
   for (size_t i = 0; i < rows_.size(); ++i) { // ascending, so nothing is overwritten that is still to be copied
     const size_t row = size_t(rows_[i]), hidden = size_t(shape_.hidden);
     std::copy_n(x_.data() + row * hidden, hidden, x_.data() + i * hidden);
+    sequence_[i] = sequence_[row];
     least_[i] = least_[row];
     most_[i] = most_[row];
     price_[i] = price_[row];
@@ -123,6 +125,7 @@ int64_t Program::run() {
     if (!experts_.begun()) open();
     experts_.compute(nullptr, 0);
     experts_.finish(gates_.data(), x);
+    count_taken(layer.moe_index);
     routed_ = false;
   }
   return -1;
@@ -136,6 +139,14 @@ void Program::note(int64_t moe_index) {
   ++n.layers;
   n.ids.insert(n.ids.end(), ids(moe_index), ids(moe_index) + pairs);
   n.bits.insert(n.bits.end(), bits(moe_index), bits(moe_index) + pairs);
+}
+
+void Program::count_taken(int64_t moe_index) {
+  const int32_t* wide = bits(moe_index);
+  for (int64_t t = 0; t < tokens_; ++t) {
+    WidthCounts& counts = taken_[size_t(sequence_[size_t(t)])];
+    for (int64_t i = 0; i < shape_.top_k; ++i) ++counts[size_t(wide[t * shape_.top_k + i])];
+  }
 }
 
 std::vector<Program::Note> Program::take_notes() {

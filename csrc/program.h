@@ -58,8 +58,10 @@ public:
   };
   std::vector<Note> take_notes(); // all since the last call
   int64_t busy_ns() const { return busy_ns_; } // time spent in the calls above
+  // Of each sequence of the step (token, expert) pairs by their width.
+  const std::vector<WidthCounts>& taken() const { return taken_; }
   // Experts that layer calls wanted so far, by the widest width that any token asked of them.
-  const Wanted& wanted() const { return wanted_; }
+  const WidthCounts& wanted() const { return wanted_; }
   int64_t rows() const { return int64_t(rows_.size()); }
   const ProgramShape& shape() const { return shape_; }
 
@@ -76,6 +78,7 @@ private:
   int32_t* bits(int64_t moe_index) { return bits_ + moe_index * shape_.max_tokens * shape_.top_k; }
   void open(); // begins the waiting layer's experts and computes its shared one
   void note(int64_t moe_index);
+  void count_taken(int64_t moe_index);
   void turn(); // cosine and sine of the step's positions
   void keep_rows();
 
@@ -105,7 +108,8 @@ private:
   size_t next_ = 0;     // the layer that comes next
   bool routed_ = false; // its attention and router have run, its experts have not
   int64_t busy_ns_ = 0;
-  Wanted wanted_{};
+  WidthCounts wanted_{};
+  std::vector<WidthCounts> taken_;
 };
 
 } // namespace d2moe

@@ -56,6 +56,7 @@ def fed(path, tokens, bits, cuts=(), uniform=False, **options):
                 wide.append(engine.decoder.bits[:, : len(piece)].copy())
         wide = np.concatenate(wide, 1)
         assert engine.counters.average_bits == pytest.approx(wide.mean()) == sequence.average_bits
+        assert engine.counters.width_uses == tuple(np.bincount(wide.ravel(), minlength=9))
         return np.concatenate(rows), np.concatenate(ids, 1), wide
 
 

@@ -237,6 +237,25 @@ def test_plan_needs_no_model_but_its_config(run, tmp_path, monkeypatch):
     assert code == 1 and "no such model" in err
 
 
+def test_what_planes_are_worth_does_not_depend_on_when_the_ledger_is_asked(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    layers, experts = (int(n) for n in rng.integers(2, 12, 2))
+    at_once, by_and_by = (Ledger(layers, experts, 50, 10, 10**6) for _ in range(2))
+    for ledger in (at_once, by_and_by):
+        for layer, expert in np.ndindex(layers, experts):
+            ledger.grow(layer, expert, 8)
+    for _ in range(rng.integers(1, 40)):
+        first = int(rng.integers(layers - 1))
+        size = (int(rng.integers(1, layers - first)), int(rng.integers(1, 5)), 2)
+        ids, bits = rng.integers(0, experts, size, np.int32), rng.choice([0, 2, 3, 4, 8], size).astype(np.int32)
+        at_once.touch(first, ids, bits)
+        by_and_by.touch(first, ids, bits)
+        by_and_by.heat()
+    n_bytes = 10**6 - at_once.used_bytes + int(rng.integers(1, at_once.used_bytes // 2))
+    assert np.array_equal(at_once.heat(), by_and_by.heat())
+    assert at_once.make_room(n_bytes, 0, set()) == by_and_by.make_room(n_bytes, 0, set())
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_least_valuable_plane_goes_first(seed, dense):
     """`make_room` against a search through all planes for each eviction, and demands against their definition."""

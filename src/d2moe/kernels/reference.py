@@ -189,7 +189,7 @@ class Program:
         self.dials: tuple[I32, I32, F32] = (facts["least"], facts["most"], facts["price"])
         self.layers: list[tuple[Attention, Router | None, FeedForward | None, WidthRouter | None, int]] = []
         self.next, self.routed = 0, False
-        self.wanted = np.zeros(MAX_BITS + 1, np.int64)
+        self._wanted = np.zeros(MAX_BITS + 1, np.int64)
         self.when, self.held = "missing", False
         self.notes: list[tuple[int, I32, I32]] = []
 
@@ -201,6 +201,7 @@ class Program:
 
     def start(self, tokens: I32, position: I32, sequence: I32, tables: I32, rows: I32) -> None:
         self.position, self.sequence, self.tables, self.rows = position, sequence, tables, rows
+        self._taken = np.zeros((len(tables), MAX_BITS + 1), np.int64)
         least, most, price = self.dials
         n = len(tokens)
         self.left = least[:n], most[:n], price[:n]  # of the tokens that are left
@@ -233,7 +234,7 @@ class Program:
                 self.bits[moe, :n] = wide
                 self.routed, self.begun = True, False
                 widest = self.widest(moe)
-                self.wanted += self.count(widest)
+                self._wanted += self.count(widest)
                 missing = any(self.experts.width(moe, int(e)) < widest[e] for e in np.flatnonzero(widest))
                 self.held = self.when != "decide" and not missing
                 if self.held:
@@ -242,6 +243,8 @@ class Program:
                     return moe
             self.compute(None)
             self.experts.finish(self.gates, self.x)
+            owner = self.sequence[self.rows] if self.next + 1 == len(self.layers) else self.sequence
+            np.add.at(self._taken, (owner[:, None], self.bits[moe, : len(owner)]), 1)
             self.next, self.routed = self.next + 1, False
         return -1
 
@@ -257,6 +260,16 @@ class Program:
         """Experts by the widest width asked of them."""
         return np.bincount(widest[widest > 0], minlength=MAX_BITS + 1)
 
+    @property
+    def wanted(self) -> list[int]:
+        found: list[int] = self._wanted.tolist()
+        return found
+
+    @property
+    def taken(self) -> list[list[int]]:
+        found: list[list[int]] = self._taken.tolist()
+        return found
+
     def pause(self, when: str) -> None:
         self.when = when
 
@@ -271,9 +284,9 @@ class Program:
 
     def choose(self, bits: I32, gates: F32 | None = None) -> None:
         moe = self.layers[self.next][-1]
-        self.wanted -= self.count(self.widest(moe))
+        self._wanted -= self.count(self.widest(moe))
         self.bits[moe, : len(self.x)] = bits
-        self.wanted += self.count(self.widest(moe))
+        self._wanted += self.count(self.widest(moe))
         self.gates = self.gates if gates is None else gates.copy()
 
     def compute(self, experts: I32 | None) -> None:
