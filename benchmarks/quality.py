@@ -45,6 +45,7 @@ from d2moe.errors import D2MoeError
 from d2moe.runtime.config import EngineConfig
 from d2moe.runtime.engine import Engine
 from d2moe.runtime.request import Chunk
+from d2moe.types import DenseWidths
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "quality.md"
@@ -57,7 +58,8 @@ TEXTS = {"WikiText-2 test": "wikitext2.test.raw.txt", "held-out Wikipedia": "hel
 @dataclass(frozen=True)
 class Contestant:
     """One row. `dense` names the rule by which weights other than the experts' got their width: "wider" (two bits more, 5 to 8: the
-    engine's default), "same", or "own" (llama.cpp's mixes). `run`: "weights" in the float32 model, or "engine"."""
+    engine's default where embedding and head are one), "same", or "own" (llama.cpp's mixes). `run`: "weights" in the float32
+    model, or "engine"."""
 
     family: str
     code: str
@@ -79,7 +81,7 @@ def tell(text: str) -> None:
 
 
 def dense_width(bits: int, rule: str) -> int:
-    return EngineConfig(bits=bits).dense_width if rule == "wider" else bits
+    return DenseWidths.beside(bits, own_embedding=False).bits if rule == "wider" else bits
 
 
 class Laboratory:
@@ -253,7 +255,7 @@ def container_weights(container: Container, like: Weights, bits: int, dense: int
 
 def container_bytes(container: Container, bits: int, dense: int) -> int:
     experts = len(container.moe_layers) * container.experts * container.record.prefix_bytes(bits)
-    return experts + container.dense_bytes(dense)
+    return experts + container.dense_bytes(DenseWidths(dense))
 
 
 def engine_logits(path: Path, bits: int, dense: int) -> Logits:

@@ -19,6 +19,7 @@ from d2moe.simulate.device import Device, parse_rates
 from d2moe.simulate.facts import model_facts
 from d2moe.simulate.simulate import SimulatedExperts, simulate
 from d2moe.simulate.synthetic import Statistics, synthetic_trace
+from d2moe.types import DenseWidths
 
 META = Meta(layers=5, experts=32, top_k=4, base_bytes=8192, plane_bytes=4096, ends_with_moe=True, model="made up")
 ALL_BYTES = 5 * 32 * (8192 + 2 * 4096)
@@ -196,7 +197,8 @@ def test_trace_and_simulate_on_the_command_line(run, tmp_path, monkeypatch):
     line = json.loads(out)
     m = Trace.load(path).meta
     assert line["memory_bytes"] == int(0.4 * 4 * 16 * (m.base_bytes + 2 * m.plane_bytes))
-    found = simulate(Trace.load(path), model_facts(d2moe.builtin_model()).device(device[1], 5), line["memory_bytes"], policy="lfu")
+    same = model_facts(d2moe.builtin_model()).device(device[1], DenseWidths(5))
+    found = simulate(Trace.load(path), same, line["memory_bytes"], policy="lfu")
     assert line["hit_rate"] == found.hit_rate and line["tokens_per_s"] == found.tokens_per_s
     for arguments, message in (
         (("simulate", path, "--device", "nothing.json"), "expected a profile's file, or two bandwidths"),
@@ -237,7 +239,7 @@ def test_plan_needs_no_model_but_its_config(run, tmp_path, monkeypatch):
     assert code == 1 and "no such model" in err
 
 
-def test_what_planes_are_worth_does_not_depend_on_when_the_ledger_is_asked(seed: int) -> None:
+def test_what_planes_are_worth_does_not_depend_on_when_the_ledger_is_asked(seed):
     rng = np.random.default_rng(seed)
     layers, experts = (int(n) for n in rng.integers(2, 12, 2))
     at_once, by_and_by = (Ledger(layers, experts, 50, 10, 10**6) for _ in range(2))

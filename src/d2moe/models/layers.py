@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2moe.models.rope import attention_scale, inverse_frequencies
-from d2moe.types import MAX_BITS, ModelShape
+from d2moe.types import MAX_BITS, DenseWidths, ModelShape
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -47,10 +47,10 @@ class Places:
 
 @dataclass(frozen=True)
 class DenseOptions:
-    """`bits`: width of the dense weights in memory; `group`: columns that share a step and a zero; `allocate(n_bytes)` gives
+    """`widths` of the dense weights in memory; `group`: columns that share a step and a zero; `allocate(n_bytes)` gives
     the memory of each array, uint8 [n_bytes] at a multiple of 64 bytes."""
 
-    bits: int
+    widths: DenseWidths
     group: int
     allocate: Callable[[int], npt.NDArray[np.uint8]] | None = None
 
@@ -107,8 +107,9 @@ class Decoder:
     def _linear(self, name: str, rows: int, cols: int) -> Any:
         w, dense = self._weights, self._dense
         bias = w.read_dense(f"{name}_bias") if w.has(f"{name}_bias") else None
-        m = w.read_nested(name, dense.bits, dense.allocate)
-        return self._backend.Linear(rows, cols, dense.group, dense.bits, m.row_scale, m.affine, m.base, m.planes, bias)
+        bits = dense.widths.of(name)
+        m = w.read_nested(name, bits, dense.allocate)
+        return self._backend.Linear(rows, cols, dense.group, bits, m.row_scale, m.affine, m.base, m.planes, bias)
 
     def _feed_forward(self, name: str, inner: int, mix: F32 | None, norm: F32 | None) -> Any:
         hidden = self.shape.hidden

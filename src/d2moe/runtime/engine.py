@@ -45,6 +45,7 @@ class Engine:
         self.context = config.context or min(shape.context, DEFAULT_CONTEXT)
         if self.context > shape.context:
             raise ConfigError(f"{where}: a context of {self.context} tokens is more than the {shape.context} the model was made for")
+        self.dense_widths = config.dense_widths(own_embedding=not shape.tied_embeddings)
         threads = config.threads or memory.usable_cpus()
         record, layers = container.record, container.moe_layers
         self.router = read_router(container)  # before the budget is split, which counts what the process holds by then
@@ -57,7 +58,7 @@ class Engine:
             config,
             shape,
             group=record.group,
-            dense=container.dense_bytes(config.dense_width),
+            dense=container.dense_bytes(self.dense_widths),
             all_experts=record.record_bytes * len(layers) * container.experts,
             one_expert=record.record_bytes,
             context=self.context,
@@ -93,7 +94,7 @@ class Engine:
         """Grows when a text's keys and values may from now on be others than before."""
         self._streamer = Streamer(self.experts, self.ledger, self.counters, backend.StorageFailure, self.policy)
         report = (lambda index: progress(index + 1, shape.layers)) if progress else None
-        dense = DenseOptions(config.dense_width, record.group, memory.Arena(self.budget.dense).take)
+        dense = DenseOptions(self.dense_widths, record.group, memory.Arena(self.budget.dense).take)
         widths = [self.router.layer(index) for index in range(len(layers))] if self.router else []
         self.decoder = Decoder(backend, self.runtime, shape, container, dense, chunk, self.kv, self.experts, report, widths)
         self._pause()
@@ -322,7 +323,8 @@ class Engine:
         return {
             "kernels": self.runtime.table,
             "policy": self.policy.name,
-            "dense_bits": self.config.dense_width,
+            "dense_bits": self.dense_widths.bits,
+            "dense_widths": dict(self.dense_widths.others),
             "width_router": self.router is not None,
             "kv": self.config.kv,
             "threads": self.runtime.threads,
