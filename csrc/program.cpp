@@ -43,7 +43,7 @@ void Program::add_layer(const AttentionShape& shape, const AttentionWeights& att
 }
 
 void Program::start(const int32_t* ids, const TokenPlaces& places, int64_t tokens, int64_t sequences, const int32_t* rows,
-                    int64_t count) {
+                    int64_t count, float* logits) {
   const Stopwatch watch(busy_ns_);
   abandon();
   tokens_ = tokens;
@@ -52,6 +52,7 @@ void Program::start(const int32_t* ids, const TokenPlaces& places, int64_t token
   tables_.assign(places.block_tables, places.block_tables + sequences * places.table_blocks);
   table_blocks_ = places.table_blocks;
   rows_.assign(rows, rows + count);
+  logits_ = logits;
   least_.assign(dials_.least, dials_.least + tokens);
   most_.assign(dials_.most, dials_.most + tokens);
   price_.assign(dials_.price, dials_.price + tokens);
@@ -128,6 +129,8 @@ int64_t Program::run() {
     count_taken(layer.moe_index);
     routed_ = false;
   }
+  if (tokens_) project(rt_, final_norm_, eps_, head_, tokens_, x, logits_);
+  tokens_ = 0;
   return -1;
 }
 
@@ -192,15 +195,10 @@ void Program::open() {
   if (layer.feed_forward) feed_forward(rt_, *layer.feed_forward, tokens_, h_.data(), x_.data());
 }
 
-void Program::logits(float* out) {
-  const Stopwatch watch(busy_ns_);
-  if (next_ < layers_.size()) throw std::logic_error("logits: the step has not come to its end");
-  project(rt_, final_norm_, eps_, head_, tokens_, x_.data(), out);
-}
-
 void Program::abandon() {
   if (experts_.begun()) experts_.abandon();
   routed_ = false;
+  tokens_ = 0;
   next_ = layers_.size();
 }
 

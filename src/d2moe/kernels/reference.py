@@ -199,8 +199,8 @@ class Program:
         moe_index = sum(known is not None for _, known, *_ in self.layers)
         self.layers.append((attention, router, feed_forward, widths, moe_index))
 
-    def start(self, tokens: I32, position: I32, sequence: I32, tables: I32, rows: I32) -> None:
-        self.position, self.sequence, self.tables, self.rows = position, sequence, tables, rows
+    def start(self, tokens: I32, position: I32, sequence: I32, tables: I32, rows: I32, out: F32) -> None:
+        self.position, self.sequence, self.tables, self.rows, self.out = position, sequence, tables, rows, out
         self._taken = np.zeros((len(tables), MAX_BITS + 1), np.int64)
         least, most, price = self.dials
         n = len(tokens)
@@ -246,6 +246,8 @@ class Program:
             owner = self.sequence[self.rows] if self.next + 1 == len(self.layers) else self.sequence
             np.add.at(self._taken, (owner[:, None], self.bits[moe, : len(owner)]), 1)
             self.next, self.routed = self.next + 1, False
+        if len(self.out):
+            self.out[:] = self.head.multiply(self.runtime, rms_norm(self.x, self.norm, self.eps))
         return -1
 
     def widest(self, moe: int) -> I32:
@@ -302,9 +304,6 @@ class Program:
     def take_notes(self) -> list[tuple[int, I32, I32]]:
         notes, self.notes = self.notes, []
         return notes
-
-    def logits(self, out: F32) -> None:
-        out[:] = self.head.multiply(self.runtime, rms_norm(self.x, self.norm, self.eps))
 
     def abandon(self) -> None:
         self.next, self.routed = len(self.layers), False

@@ -58,9 +58,10 @@ class DenseOptions:
 class Decoder:
     """All resident weights of a model, and its steps of up to `max_tokens` tokens.
 
-    A step is `start`, then `run` until it says -1, then `logits`. `least`, `most` int32 and `price` float32 [max_tokens] say
-    before `start` what each token allows (see `WidthRouter` in csrc/widths.h); `ids` and `bits` int32 [moe_layers, max_tokens, top_k]
-    tell afterwards which experts were chosen and how wide. `width_routers` has one for each MoE layer, or is empty.
+    A step is `start`, then `run` until it says -1: then the logits are where `start` was told to put them. `least`, `most` int32 and
+    `price` float32 [max_tokens] say before `start` what each token allows (see `WidthRouter` in csrc/widths.h); `ids` and `bits` int32
+    [moe_layers, max_tokens, top_k] tell afterwards which experts were chosen and how wide. `width_routers` has one for each MoE layer,
+    or is empty.
     """
 
     def __init__(
@@ -153,13 +154,14 @@ class Decoder:
             k_norm=w.read_dense(f"{name}.attn.k_norm") if normed else None,
         )
 
-    def start(self, tokens: I32, places: Places, rows: I32) -> None:
+    def start(self, tokens: I32, places: Places, rows: I32, logits: F32) -> None:
         """Begin a step with `tokens` int32 [n]; their keys and values will be appended to the cache.
 
-        `rows` int32, ascending: the tokens whose logits are wanted; the last layer's experts see no others.
+        `rows` int32, ascending: the tokens whose logits are wanted, in `logits` float32 [len(rows), vocab]; the last layer's experts see
+        no others.
         """
         self._tokens, self._rows = len(tokens), rows
-        self.program.start(tokens, places.position, places.sequence, places.tables, rows)
+        self.program.start(tokens, places.position, places.sequence, places.tables, rows, logits)
 
     def run(self) -> int:
         """Go on; -1 at the end, else the MoE layer (counted among those) that waits for reads of its experts."""
@@ -182,10 +184,3 @@ class Decoder:
     def compute(self, experts: I32) -> None:
         """Compute some experts of the layer that waits, as they arrive; `run` computes the rest."""
         self.program.compute(experts)
-
-    def logits(self) -> F32:
-        """Logits float32 [len(rows), vocab] of the finished step."""
-        out = np.empty((len(self._rows), self.shape.vocab), np.float32)
-        if len(out):
-            self.program.logits(out)
-        return out

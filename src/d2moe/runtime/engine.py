@@ -293,13 +293,13 @@ class Engine:
         recorder = self._streamer.recorder
         if recorder is not None:
             recorder.begin(position, sequence, rows)
-        decoder.start(tokens, Places(position, sequence, tables), rows)
+        logits = np.empty((len(rows), self.shape.vocab), np.float32)
+        decoder.start(tokens, Places(position, sequence, tables), rows, logits)
         self._streamer.run(decoder)
         if recorder is not None:
             recorder.end()
-        out = decoder.logits()
         self._count(items)
-        return out
+        return logits
 
     def heat(self) -> npt.NDArray[np.float64]:
         """float64 [MoE layers, experts]: how much each expert was wanted lately, see `Ledger.heat`."""
