@@ -47,6 +47,7 @@ from d2moe.errors import D2MoeError
 from d2moe.runtime.config import EngineConfig
 from d2moe.runtime.engine import Engine
 from d2moe.runtime.request import Chunk
+from d2moe.types import DenseWidths
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "quality.md"
@@ -60,7 +61,8 @@ TEXTS = {"WikiText-2 test": "wikitext2.test.raw.txt", "held-out Wikipedia": "hel
 @dataclass(frozen=True)
 class Contestant:
     """One row. `dense` names the rule by which weights other than the experts' got their width: "wider" (two bits more, 5 to 8: the
-    engine's default), "same", or "own" (llama.cpp's mixes). `run`: "weights" in the float32 model, or "engine"."""
+    engine's default where embedding and head are one), "same", or "own" (llama.cpp's mixes). `run`: "weights" in the float32
+    model, or "engine"."""
 
     family: str
     code: str
@@ -81,8 +83,8 @@ def tell(text: str) -> None:
     click.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True)
 
 
-def dense_width(bits: int, rule: str) -> int:
-    return EngineConfig(bits=bits).dense_width if rule == "wider" else bits
+def dense_width(bits: float, rule: str) -> int:
+    return DenseWidths.beside(bits, own_embedding=False).bits if rule == "wider" else int(bits)
 
 
 class Laboratory:
@@ -164,7 +166,7 @@ class Laboratory:
             texts = {f.name: tokenizer.encode(read_text(f), add_special_tokens=False).ids for f in self.calibration.files}
             train(path, texts, reference=self.checkpoint)
         for dial in wanted:
-            dense = EngineConfig(bits=dial).dense_width
+            dense = dense_width(dial, "wider")
             n_bytes = container_bytes(Container.open(path), dial, dense)
             yield Contestant("d2moe, dial", f"{dial:g} bits", "wider", n_bytes, "engine"), engine_logits(path, dial, dense)
 
@@ -279,7 +281,7 @@ def container_bytes(container: Container, bits: float, dense: int) -> int:
     """Also of widths between two whole ones."""
     record = container.record
     one = record.base_bytes + (bits - 2) * record.plane_bytes
-    return round(len(container.moe_layers) * container.experts * one) + container.dense_bytes(dense)
+    return round(len(container.moe_layers) * container.experts * one) + container.dense_bytes(DenseWidths(dense))
 
 
 def engine_logits(path: Path, bits: float, dense: int) -> Logits:

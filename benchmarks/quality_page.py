@@ -43,8 +43,9 @@ calibration on {calibration:,} tokens.
 ROWS = """
 ## All rows, by size
 
-The other weights (attention, embedding) are two bits wider than the experts, 5 to 8 ("wider", the engine's default; in llama.cpp's types
-Q5_K, Q6_K, Q8_0), as wide as the experts ("same"), or what llama.cpp's mixes make of them ("own").
+The other weights (attention, embedding) are two bits wider than the experts, 5 to 8 ("wider", the engine's default where
+embedding and head are one; in llama.cpp's types Q5_K, Q6_K, Q8_0), as wide as the experts ("same"), or what llama.cpp's mixes
+make of them ("own").
 """
 FAMILIES = ("GPTQ, group 64", "GPTQ, group 128", "HQQ, group 64", "llama.cpp", "llama.cpp mixes")
 

@@ -38,7 +38,7 @@ def bounds(model: Any, count: int, tokens: int, slots: int) -> dict[str, dict[st
     any could read for `count` (Belady's rule over the same routing)."""
     engine = model.engine
     traces = [routing(model, some, tokens) for some in (1, count)]
-    dense, kv = model_facts(engine.container.path).kept_bytes(engine.config.dense_width), kv_bytes(engine.shape, engine.config.kv, 1)
+    dense, kv = model_facts(engine.container.path).kept_bytes(engine.dense_widths), kv_bytes(engine.shape, engine.config.kv, 1)
     touched = [memory_bytes(trace, dense, kv) for trace in traces]
     out: dict[str, dict[str, Any]] = {"in memory": {"bytes_a_step": touched, "bound": count * touched[0] / touched[1]}, "streamed": {}}
     for policy in ("belady", "hebf"):

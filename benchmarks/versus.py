@@ -36,6 +36,7 @@ from rich.table import Table
 import d2moe
 from d2moe.container import Container
 from d2moe.convert.synthetic import OLMOE_1B_7B, synthesise
+from d2moe.types import DenseWidths
 
 HERE = Path(__file__).parent
 PROMPTS = (512, 64)
@@ -132,7 +133,7 @@ def whole_budget(path: Path, bits: int, context: int) -> float:
     width = heads * (config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
     experts = len(container.moe_layers) * container.experts * container.record.prefix_bytes(bits)
     cache = config["num_hidden_layers"] * context * width * 2 * 2
-    return float(container.dense_bytes(8) + 1.02 * experts + cache + BESIDE_EXPERTS)
+    return float(container.dense_bytes(DenseWidths(8)) + 1.02 * experts + cache + BESIDE_EXPERTS)
 
 
 def measure(one: Setting, depth: int) -> dict[str, float]:

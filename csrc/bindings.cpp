@@ -3,6 +3,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -204,6 +205,7 @@ struct PyProgram {
   Array<int32_t> ids, bits;
   In<int32_t> least, most;
   In<float> price, norm;
+  std::optional<Array<float>> logits; // of the step in progress
   Program program;
   const KvCache& kv;
   int64_t hidden;
@@ -248,7 +250,7 @@ struct PyProgram {
                       widths ? std::optional(widths->router) : std::nullopt);
   }
 
-  void start(In<int32_t> tokens, In<int32_t> position, In<int32_t> sequence, In<int32_t> tables, In<int32_t> rows) {
+  void start(In<int32_t> tokens, In<int32_t> position, In<int32_t> sequence, In<int32_t> tables, In<int32_t> rows, Array<float> out) {
     const int64_t n = int64_t(tokens.size());
     expect(n > 0 && n <= program.shape().max_tokens, "a step has from 1 to max_tokens tokens");
     expect_size(position, n, "position");
@@ -268,16 +270,22 @@ struct PyProgram {
     for (int64_t t = 0; t < n; ++t)
       expect(kBaseBits <= least.data()[t] && least.data()[t] <= most.data()[t] && most.data()[t] <= kMaxBits,
              "widths are from 2 to 8, the least no more than the most");
+    expect_room(out, int64_t(rows.size()) * program.shape().vocab, "out");
+    logits = std::move(out);
     const TokenPlaces places{position.data(), sequence.data(), tables.data(), wide};
     // For a few tokens this is shorter than the wait for a GIL that another thread has taken meanwhile.
     std::optional<nb::gil_scoped_release> free;
     if (n > 32) free.emplace();
-    program.start(tokens.data(), places, n, sequences, rows.data(), int64_t(rows.size()));
+    program.start(tokens.data(), places, n, sequences, rows.data(), int64_t(rows.size()), logits->data());
   }
 
   int64_t run() {
-    nb::gil_scoped_release free;
-    return program.run();
+    const int64_t layer = [&] {
+      nb::gil_scoped_release free;
+      return program.run();
+    }();
+    if (layer < 0) logits.reset();
+    return layer;
   }
 
   void compute(In<int32_t> experts) {
@@ -337,11 +345,6 @@ struct PyProgram {
     return nb::ndarray<nb::numpy, float, nb::c_contig>(kept->data(), {size_t(rows), size_t(cols)}, owner);
   }
 
-  void logits(Array<float> out) {
-    expect_room(out, program.rows() * program.shape().vocab, "out");
-    nb::gil_scoped_release free;
-    program.logits(out.data());
-  }
 };
 
 } // namespace
@@ -430,8 +433,8 @@ NB_MODULE(_native, m) {
       .def("forecast", &PyProgram::forecast, "ahead"_a)
       .def_prop_ro("held", [](const PyProgram& p) { return p.program.held(); })
       .def_prop_ro("gates", [](const PyProgram& p) { return p.copied(p.program.gates(), p.program.waiting(), p.program.shape().top_k); }, nb::rv_policy::automatic)
-      .def("logits", &PyProgram::logits)
       .def("abandon", [](PyProgram& p) { p.program.abandon(); }, nb::call_guard<nb::gil_scoped_release>())
-      .def_prop_ro("wanted", [](const PyProgram& p) { return std::vector<int64_t>(p.program.wanted().begin(), p.program.wanted().end()); })
+      .def_prop_ro("wanted", [](const PyProgram& p) { return p.program.wanted(); })
+      .def_prop_ro("taken", [](const PyProgram& p) { return p.program.taken(); })
       .def_prop_ro("busy_ns", [](const PyProgram& p) { return p.program.busy_ns(); });
 }

@@ -35,7 +35,9 @@ const KernelTable* kernel_table(const char* name) {
   return nullptr;
 }
 
-const KernelTable* best_kernel_table() {
+namespace {
+
+const KernelTable* find_best() {
   if (const char* forced = std::getenv("D2MOE_KERNELS"); forced && *forced) {
     if (const KernelTable* t = kernel_table(forced)) return t;
     throw std::runtime_error(std::string("D2MOE_KERNELS=") + forced +
@@ -44,6 +46,14 @@ const KernelTable* best_kernel_table() {
   const KernelTable* best = &kScalarTable;
   for (const char* name : kTableNames)
     if (const KernelTable* t = kernel_table(name)) best = t;
+  return best;
+}
+
+} // namespace
+
+// Once: a virtual machine leaves to its host for every answer of CPUID, which takes longer than drawing a token.
+const KernelTable* best_kernel_table() {
+  static const KernelTable* const best = find_best();
   return best;
 }
 

@@ -142,7 +142,7 @@ bool Executor::holds(int64_t layer, int64_t pairs, const int32_t* ids, const int
   return true;
 }
 
-void Executor::count_wanted(int64_t pairs, const int32_t* ids, const int32_t* bits, int64_t sign, Wanted& wanted) {
+void Executor::count_wanted(int64_t pairs, const int32_t* ids, const int32_t* bits, int64_t sign, WidthCounts& wanted) {
   for (int64_t i = 0; i < pairs; ++i) widest_[size_t(ids[i])] = std::max(widest_[size_t(ids[i])], bits[i]);
   for (int64_t i = 0; i < pairs; ++i) {
     int32_t& widest = widest_[size_t(ids[i])];

@@ -27,7 +27,7 @@ struct ExpertShape {
   int rotation = 0;                        // of what down meets, see rotate.h
 };
 
-using Wanted = std::array<int64_t, kMaxBits + 1>; // experts by the widest width a layer call asks of them
+using WidthCounts = std::array<int64_t, kMaxBits + 1>; // by width
 
 struct ExecutorCounters {
   int64_t read_bytes = 0, reads = 0, stall_ns = 0, compute_ns = 0, calls = 0;
@@ -52,7 +52,7 @@ public:
   // Whether every expert ids[i] has (or is being read up to) bits[i].
   bool holds(int64_t layer, int64_t pairs, const int32_t* ids, const int32_t* bits) const;
   // Adds `sign` to wanted[b] for each expert of which these choices ask b bits at most.
-  void count_wanted(int64_t pairs, const int32_t* ids, const int32_t* bits, int64_t sign, Wanted& wanted);
+  void count_wanted(int64_t pairs, const int32_t* ids, const int32_t* bits, int64_t sign, WidthCounts& wanted);
   bool begun() const { return layer_ >= 0; }
   // Keeps only the planes up to `bits` (0: nothing).
   void evict(int64_t layer, int64_t expert, int bits);

@@ -43,7 +43,7 @@ void Program::add_layer(const AttentionShape& shape, const AttentionWeights& att
 }
 
 void Program::start(const int32_t* ids, const TokenPlaces& places, int64_t tokens, int64_t sequences, const int32_t* rows,
-                    int64_t count) {
+                    int64_t count, float* logits) {
   const Stopwatch watch(busy_ns_);
   abandon();
   tokens_ = tokens;
@@ -52,9 +52,11 @@ void Program::start(const int32_t* ids, const TokenPlaces& places, int64_t token
   tables_.assign(places.block_tables, places.block_tables + sequences * places.table_blocks);
   table_blocks_ = places.table_blocks;
   rows_.assign(rows, rows + count);
+  logits_ = logits;
   least_.assign(dials_.least, dials_.least + tokens);
   most_.assign(dials_.most, dials_.most + tokens);
   price_.assign(dials_.price, dials_.price + tokens);
+  taken_.assign(size_t(sequences), {});
   next_ = 0;
   noting_ = false;
   turn();
@@ -82,6 +84,7 @@ void Program::keep_rows() {
   for (size_t i = 0; i < rows_.size(); ++i) { // ascending, so nothing is overwritten that is still to be copied
     const size_t row = size_t(rows_[i]), hidden = size_t(shape_.hidden);
     std::copy_n(x_.data() + row * hidden, hidden, x_.data() + i * hidden);
+    sequence_[i] = sequence_[row];
     least_[i] = least_[row];
     most_[i] = most_[row];
     price_[i] = price_[row];
@@ -123,8 +126,11 @@ int64_t Program::run() {
     if (!experts_.begun()) open();
     experts_.compute(nullptr, 0);
     experts_.finish(gates_.data(), x);
+    count_taken(layer.moe_index);
     routed_ = false;
   }
+  if (tokens_) project(rt_, final_norm_, eps_, head_, tokens_, x, logits_);
+  tokens_ = 0;
   return -1;
 }
 
@@ -136,6 +142,14 @@ void Program::note(int64_t moe_index) {
   ++n.layers;
   n.ids.insert(n.ids.end(), ids(moe_index), ids(moe_index) + pairs);
   n.bits.insert(n.bits.end(), bits(moe_index), bits(moe_index) + pairs);
+}
+
+void Program::count_taken(int64_t moe_index) {
+  const int32_t* wide = bits(moe_index);
+  for (int64_t t = 0; t < tokens_; ++t) {
+    WidthCounts& counts = taken_[size_t(sequence_[size_t(t)])];
+    for (int64_t i = 0; i < shape_.top_k; ++i) ++counts[size_t(wide[t * shape_.top_k + i])];
+  }
 }
 
 std::vector<Program::Note> Program::take_notes() {
@@ -181,15 +195,10 @@ void Program::open() {
   if (layer.feed_forward) feed_forward(rt_, *layer.feed_forward, tokens_, h_.data(), x_.data());
 }
 
-void Program::logits(float* out) {
-  const Stopwatch watch(busy_ns_);
-  if (next_ < layers_.size()) throw std::logic_error("logits: the step has not come to its end");
-  project(rt_, final_norm_, eps_, head_, tokens_, x_.data(), out);
-}
-
 void Program::abandon() {
   if (experts_.begun()) experts_.abandon();
   routed_ = false;
+  tokens_ = 0;
   next_ = layers_.size();
 }
 

@@ -29,9 +29,11 @@ public:
   void add_layer(const AttentionShape& shape, const AttentionWeights& attention, const std::optional<RouterWeights>& router,
                  const std::optional<FeedForwardWeights>& feed_forward, const std::optional<WidthRouter>& widths);
 
-  // rows [count], ascending: the tokens whose logits are wanted. The others end with their keys and values of the last layer.
-  void start(const int32_t* ids, const TokenPlaces& places, int64_t tokens, int64_t sequences, const int32_t* rows, int64_t count);
-  // Goes on as far as it can: -1 at the end of the last layer; else the MoE layer (counted among those) whose experts are
+  // rows [count], ascending: the tokens whose logits are wanted; `run` puts them in logits [count, vocab]. The others end with their
+  // keys and values of the last layer.
+  void start(const int32_t* ids, const TokenPlaces& places, int64_t tokens, int64_t sequences, const int32_t* rows, int64_t count,
+             float* logits);
+  // Goes on as far as it can: -1 at the end; else the MoE layer (counted among those) whose experts are
   // not all there. Its reads are to be started then, and run called again: it computes what arrives.
   int64_t run();
   // For a layer that does not fit at once: computes these experts of it; run computes the rest.
@@ -47,8 +49,6 @@ public:
   // out [waiting, ahead, top_k]: experts that the routers of the next MoE layers choose for the input of the one that waits, by
   // falling weight; -1 past the last one, and where that sees fewer tokens.
   void forecast(int64_t ahead, int32_t* out);
-  // logits [count, vocab] of the rows of the finished step.
-  void logits(float* out);
   void abandon(); // forgets the step in progress
 
   // Layers in a row of one step that found all their experts in memory, so that nobody was asked about them.
@@ -58,9 +58,10 @@ public:
   };
   std::vector<Note> take_notes(); // all since the last call
   int64_t busy_ns() const { return busy_ns_; } // time spent in the calls above
+  // Of each sequence of the step (token, expert) pairs by their width.
+  const std::vector<WidthCounts>& taken() const { return taken_; }
   // Experts that layer calls wanted so far, by the widest width that any token asked of them.
-  const Wanted& wanted() const { return wanted_; }
-  int64_t rows() const { return int64_t(rows_.size()); }
+  const WidthCounts& wanted() const { return wanted_; }
   const ProgramShape& shape() const { return shape_; }
 
 private:
@@ -76,6 +77,7 @@ private:
   int32_t* bits(int64_t moe_index) { return bits_ + moe_index * shape_.max_tokens * shape_.top_k; }
   void open(); // begins the waiting layer's experts and computes its shared one
   void note(int64_t moe_index);
+  void count_taken(int64_t moe_index);
   void turn(); // cosine and sine of the step's positions
   void keep_rows();
 
@@ -102,10 +104,12 @@ private:
   Pause pause_ = Pause::missing;
   bool held_ = false;
   int64_t tokens_ = 0, table_blocks_ = 0;
+  float* logits_ = nullptr;
   size_t next_ = 0;     // the layer that comes next
   bool routed_ = false; // its attention and router have run, its experts have not
   int64_t busy_ns_ = 0;
-  Wanted wanted_{};
+  WidthCounts wanted_{};
+  std::vector<WidthCounts> taken_;
 };
 
 } // namespace d2moe

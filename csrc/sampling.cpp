@@ -5,61 +5,66 @@
 #include <cstring>
 #include <functional>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 namespace d2moe {
 namespace {
 
-constexpr int64_t kStretch = 128, kLanes = 16;
+constexpr int64_t kStretch = 128, kLanes = 16, kLane = 4;
+typedef float Floats __attribute__((vector_size(4 * kLane))); // the widest that every CPU has
+typedef int32_t Ints __attribute__((vector_size(4 * kLane)));
 
-// The largest of each stretch of the logits, in vectors. Empty if something is not a number.
+// The largest of each stretch of the logits. Empty if something is not a number.
 std::vector<float> tops_of(const float* x, int64_t n) {
   std::vector<float> tops;
   tops.reserve(size_t(n / kStretch + 1));
+  bool odd = false;
   for (int64_t i = 0; i < n; i += kStretch) {
     const int64_t end = std::min(n, i + kStretch);
-    float top[kLanes];
-    int32_t odd[kLanes] = {};
-    std::fill(top, top + kLanes, -INFINITY);
-    const auto see = [&](int64_t l, float v) {
-      top[l] = v > top[l] ? v : top[l];
-      odd[l] |= v != v;
-    };
+    Floats top[kLanes / kLane], v;
+    Ints nan[kLanes / kLane] = {};
+    for (Floats& t : top) t = Floats{} - INFINITY;
     int64_t j = i;
     for (; j + kLanes <= end; j += kLanes)
-      for (int64_t l = 0; l < kLanes; ++l) see(l, x[j + l]);
-    for (; j < end; ++j) see(0, x[j]);
-    if (std::accumulate(odd, odd + kLanes, 0)) return {};
-    tops.push_back(*std::max_element(top, top + kLanes));
+      for (int64_t r = 0; r < kLanes / kLane; ++r) {
+        std::memcpy(&v, x + j + r * kLane, sizeof(v));
+        top[r] = v > top[r] ? v : top[r];
+        nan[r] |= v != v;
+      }
+    float most = -INFINITY;
+    for (int64_t l = 0; l < kLanes; ++l) {
+      most = std::max(most, top[l / kLane][l % kLane]);
+      odd |= nan[l / kLane][l % kLane] != 0;
+    }
+    for (; j < end; ++j) {
+      most = std::max(most, x[j]);
+      odd |= x[j] != x[j];
+    }
+    tops.push_back(most);
   }
+  if (odd) tops.clear();
   return tops;
 }
 
 // Indices, ascending, of the `count` largest logits and of those equal to the last of them.
 std::vector<int64_t> largest(const float* x, int64_t n, int64_t count, const std::vector<float>& tops) {
-  std::vector<float> heap; // of the largest so far, the least on top; few logits of a long row get into it
-  heap.reserve(size_t(count));
-  const auto stretch = [&](size_t s, auto&& f) {
-    for (int64_t j = int64_t(s) * kStretch; j < std::min(n, int64_t(s + 1) * kStretch); ++j) f(j);
+  const auto last_of = [count](std::vector<float> values) {
+    const auto last = values.begin() + (count - 1);
+    std::nth_element(values.begin(), last, values.end(), std::greater<float>());
+    return *last;
   };
-  for (size_t s = 0; s < tops.size(); ++s) {
-    if (int64_t(heap.size()) == count && tops[s] <= heap.front()) continue;
-    stretch(s, [&](int64_t j) {
-      if (int64_t(heap.size()) == count) {
-        if (x[j] <= heap.front()) return;
-        std::pop_heap(heap.begin(), heap.end(), std::greater<float>());
-        heap.pop_back();
-      }
-      heap.push_back(x[j]);
-      std::push_heap(heap.begin(), heap.end(), std::greater<float>());
-    });
-  }
+  // So many stretches have a logit of at least this that no smaller one is wanted: few stretches of a long row are looked at.
+  const float bound = count <= int64_t(tops.size()) ? last_of(tops) : -INFINITY;
   std::vector<int64_t> found;
-  for (size_t s = 0; s < tops.size(); ++s)
-    if (tops[s] >= heap.front())
-      stretch(s, [&](int64_t j) {
-        if (x[j] >= heap.front()) found.push_back(j);
-      });
+  std::vector<float> values;
+  for (size_t s = 0; s < tops.size(); ++s) {
+    if (tops[s] < bound) continue;
+    for (int64_t j = int64_t(s) * kStretch; j < std::min(n, int64_t(s + 1) * kStretch); ++j)
+      if (x[j] >= bound) found.push_back(j), values.push_back(x[j]);
+  }
+  const float least = last_of(std::move(values));
+  found.erase(std::remove_if(found.begin(), found.end(), [&](int64_t j) { return x[j] < least; }), found.end());
   return found;
 }
 

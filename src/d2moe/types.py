@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from d2moe.errors import ConfigError
 
@@ -74,6 +75,38 @@ class ModelShape:
     tied_embeddings: bool = False
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
+
+
+LEAST_DENSE_BITS = 5
+NARROWER = ("q", "k", "o")
+
+
+@dataclass(frozen=True)
+class DenseWidths:
+    """Widths in bits of the matrices that are no experts': `bits`, except for the kinds named in `others`, which are the last words of
+    names in the container (docs/format.md, section 5)."""
+
+    bits: int
+    others: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def beside(cls, expert_bits: float, own_embedding: bool) -> DenseWidths:
+        """The default beside experts of so many bits on average. Every token reads these weights, they are few, and a bit less costs
+        them far more quality than it costs the experts: they have two bits more. Errors in q, k and o count least, in head and
+        embedding most, and of an embedding that is not the head (`own_embedding`) a token reads one row: all its bits pay for one
+        less in q, k and o. Figures are in docs/log.md."""
+        bits = min(MAX_BITS, max(LEAST_DENSE_BITS, int(expert_bits + 2.5)))
+        if bits == MAX_BITS or not own_embedding:
+            return cls(bits)
+        return cls(bits, dict.fromkeys(NARROWER, bits - 1) | {"embed": MAX_BITS})
+
+    def of(self, name: str) -> int:
+        """Width of the matrix of that canonical name."""
+        return self.others.get(name.rpartition(".")[2], self.bits)
+
+    def __str__(self) -> str:
+        kinds = {bits: ", ".join(k for k, b in self.others.items() if b == bits) for bits in sorted(set(self.others.values()))}
+        return f"{self.bits} bits" + (f" ({'; '.join(f'{names} {bits}' for bits, names in kinds.items())})" if kinds else "")
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ def fed(path, tokens, bits, cuts=(), uniform=False, **options):
                 wide.append(engine.decoder.bits[:, : len(piece)].copy())
         wide = np.concatenate(wide, 1)
         assert engine.counters.average_bits == pytest.approx(wide.mean()) == sequence.average_bits
+        assert engine.counters.width_uses == tuple(np.bincount(wide.ravel(), minlength=9))
         return np.concatenate(rows), np.concatenate(ids, 1), wide
 
 
@@ -175,7 +176,7 @@ def test_route_show_reports_every_choice(routed, capsys):
     assert sum(found["shares"].values()) == pytest.approx(1)
     assert cli.main(["route", "show", str(path), text, "--bits", "3.3", "--dense-bits", "5"]) == 0
     out = capsys.readouterr().out
-    assert f"{wide.mean():.3f} bits on average" in out and f"{ids[0, 0, 0]:>3}:{wide[0, 0, 0]}" in out
+    assert f"{wide.mean():.3f} bits on average" in out and f"{ids[0, 0, 0]:>3}:{wide[0, 0, 0] or '–'}" in out
     assert cli.main(["route", "show", str(path), ""]) == 1 and "the text is empty" in capsys.readouterr().err
     assert cli.main(["route", "remove", str(path)]) == 0 and read_router(Container.open(path)) is None
     assert cli.main(["route", "remove", str(path)]) == 1 and "no width router" in capsys.readouterr().err

@@ -126,4 +126,21 @@ def test_names_of_widths() -> None:
             make_it(quality="good")
         with pytest.raises(Exception, match="from 2 to 8"):
             make_it(bits=9.5)
-    assert [EngineConfig(bits=b).dense_width for b in (2, 2.7, 3.2, 3.5, 4, 7.9)] == [5, 5, 5, 6, 6, 8]
+
+
+def test_dense_weights_have_their_widths_by_kind():
+    names = ("layers.0.attn.q", "layers.11.attn.k", "layers.2.attn.v", "layers.2.attn.o", "head", "embed", "layers.1.shared.gate")
+    for bits, own, tied in (
+        (2, [4, 4, 5, 4, 5, 8, 5], 5),
+        (3.4, [4, 4, 5, 4, 5, 8, 5], 5),
+        (3.5, [5, 5, 6, 5, 6, 8, 6], 6),
+        (5, [6, 6, 7, 6, 7, 8, 7], 7),
+        (5.5, [8] * 7, 8),
+        (8, [8] * 7, 8),
+    ):
+        config = EngineConfig(bits=bits)
+        assert [config.dense_widths(own_embedding=True).of(n) for n in names] == own
+        assert [config.dense_widths(own_embedding=False).of(n) for n in names] == [tied] * 7
+        assert [EngineConfig(bits=bits, dense_bits=3).dense_widths(own_embedding=True).of(n) for n in names] == [3] * 7
+    assert str(EngineConfig(bits=3).dense_widths(True)) == "5 bits (q, k, o 4; embed 8)"
+    assert str(EngineConfig(bits=3).dense_widths(False)) == "5 bits"

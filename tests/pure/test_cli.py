@@ -28,7 +28,7 @@ from d2moe.evaluate.bench import bench, prompt_of, storage_bandwidth, tier
 from d2moe.runtime.config import show_bytes
 from d2moe.runtime.generate import Model
 from d2moe.runtime.tokenizer import Tokenizer
-from d2moe.types import WIDTHS
+from d2moe.types import WIDTHS, DenseWidths
 
 Run = Callable[..., tuple[int, str, str]]
 SRC = Path(__file__).parents[2] / "src"
@@ -149,9 +149,9 @@ def test_inspect_shows_the_bytes_of_each_width_for_experts_and_dense_weights(tmp
     for bits in WIDTHS:
         (row,) = (line.split() for line in out.splitlines() if line.split()[:1] == [str(bits)])
         assert " ".join(row[2:4]) == show_bytes(container.record.prefix_bytes(bits))
-        assert " ".join(row[-2:]) == show_bytes(container.dense_bytes(bits))
+        assert " ".join(row[-2:]) == show_bytes(container.dense_bytes(DenseWidths(bits)))
     widths = json.loads(run("inspect", str(container.path), "--json")[1])["widths"]
-    assert [w["dense_bytes"] for w in widths] == [container.dense_bytes(bits) for bits in WIDTHS]
+    assert [w["dense_bytes"] for w in widths] == [container.dense_bytes(DenseWidths(bits)) for bits in WIDTHS]
     assert "embed.plane8" in run("inspect", str(container.path), "--tensors")[1]
 
 

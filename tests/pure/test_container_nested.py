@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from d2moe import planes
 from d2moe.container import Container, ContainerWriter, MatrixLayout, NestedMatrix
 from d2moe.container.files import PIECE_BYTES, aligned_empty, crc_of_zeros
+from d2moe.container.inspect import describe
 from d2moe.container.layout import ARRAYS
 from d2moe.container.verify import verify
 from d2moe.errors import ConfigError, ContainerError, StorageError
-from d2moe.types import WIDTHS
+from d2moe.types import BASE_BITS, MAX_BITS, WIDTHS, DenseWidths
 
 GROUP = RECORD.group
 MATRICES = {"embed": (90, 64), "head": (33, 100), "layers.0.attn.q": (16, 32)}
@@ -94,7 +95,8 @@ def test_widths_nest(sample: Container) -> None:
 def test_dense_bytes_is_what_is_read_and_what_an_arena_must_hold(
     sample: Container, bits: int, reads: list[tuple[int, int]]
 ) -> None:
-    arena, used, asked = aligned_empty(sample.dense_bytes(bits)), 0, 0
+    widths = DenseWidths(bits, {"embed": BASE_BITS + MAX_BITS - bits})
+    arena, used, asked = aligned_empty(sample.dense_bytes(widths)), 0, 0
 
     def allocate(n_bytes: int) -> planes.U8:
         nonlocal used, asked
@@ -104,20 +106,27 @@ def test_dense_bytes_is_what_is_read_and_what_an_arena_must_hold(
         assert len(piece) == n_bytes
         return piece
 
-    matrices = {name: sample.read_nested(name, bits, allocate) for name in sample.nested}
+    matrices = {name: sample.read_nested(name, widths.of(name), allocate) for name in sample.nested}
     assert asked == len(MATRICES)  # once for each matrix
     for name in sample.floats:
         used += -(-sample.read_dense(name).nbytes // 64) * 64
-    assert used == sample.dense_bytes(bits) == len(arena)
+    assert used == sample.dense_bytes(widths) == len(arena)
     # The bytes of the file are the same, but for the rounding to 64 in memory.
     pieces = len(MATRICES) + len(FLOATS)
     assert 0 <= used - sum(n for _, n in reads) < 64 * pieces
     # All arrays are views of the arena, whatever came after them.
     start, end = arena.ctypes.data, arena.ctypes.data + len(arena)
     for name, matrix in matrices.items():
-        expected = planes.prefix(planes.quantize(weights(name), GROUP)[0], bits)
+        expected = planes.prefix(planes.quantize(weights(name), GROUP)[0], widths.of(name))
         assert np.array_equal(unpacked(matrix)[0], expected)
         assert all(start <= a.ctypes.data and a.ctypes.data + a.nbytes <= end for a in matrix.arrays.values())
+
+
+def test_an_embedding_that_is_not_the_head_gets_all_bits(sample: Container) -> None:
+    for width in describe(sample).widths:
+        found = width.dense_widths
+        assert found == DenseWidths.beside(width.bits, own_embedding=True) and found.of("embed") == MAX_BITS
+        assert width.default_dense_bytes == sample.dense_bytes(found)
 
 
 def test_a_width_reads_one_run_of_the_file(sample: Container, reads: list[tuple[int, int]]) -> None:

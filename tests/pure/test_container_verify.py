@@ -14,7 +14,7 @@ from d2moe.container.inspect import describe
 from d2moe.container.layout import expert_file
 from d2moe.container.verify import verify
 from d2moe.errors import ContainerError
-from d2moe.types import WIDTHS
+from d2moe.types import WIDTHS, DenseWidths
 
 
 def flip(path: Path, at: int, bit: int = 0) -> None:
@@ -118,6 +118,8 @@ def test_the_description_adds_up(sample: Path) -> None:
         assert w.token_bytes == 2 * 2 * w.expert_bytes
         assert w.bits_per_weight == pytest.approx(8 * w.expert_bytes / (3 * 64 * 48))
     assert d.expert_bytes == d.widths[-1].all_experts_bytes
-    assert [w.dense_bytes for w in d.widths] == [container.dense_bytes(bits) for bits in WIDTHS]
+    assert [w.dense_bytes for w in d.widths] == [container.dense_bytes(DenseWidths(bits)) for bits in WIDTHS]
+    assert [str(w.dense_widths) for w in d.widths[1:3]] == ["5 bits", "6 bits"], "its head is the embedding"
+    assert all(w.default_dense_bytes == container.dense_bytes(w.dense_widths) for w in d.widths)
     assert d.widths[-1].dense_bytes == sum(t.n_bytes for t in d.dense) == sum(dense_tensor(n).nbytes for n in SHAPES)
     assert d.least_bytes == d.widths[0].dense_bytes + 2 * RECORD.base_bytes

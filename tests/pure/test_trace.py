@@ -19,6 +19,7 @@ from d2moe.simulate.device import Device, parse_rates
 from d2moe.simulate.facts import model_facts
 from d2moe.simulate.simulate import SimulatedExperts, simulate
 from d2moe.simulate.synthetic import Statistics, synthetic_trace
+from d2moe.types import DenseWidths
 
 META = Meta(layers=5, experts=32, top_k=4, base_bytes=8192, plane_bytes=4096, ends_with_moe=True, model="made up")
 ALL_BYTES = 5 * 32 * (8192 + 2 * 4096)
@@ -196,7 +197,8 @@ def test_trace_and_simulate_on_the_command_line(run, tmp_path, monkeypatch):
     line = json.loads(out)
     m = Trace.load(path).meta
     assert line["memory_bytes"] == int(0.4 * 4 * 16 * (m.base_bytes + 2 * m.plane_bytes))
-    found = simulate(Trace.load(path), model_facts(d2moe.builtin_model()).device(device[1], 5), line["memory_bytes"], policy="lfu")
+    same = model_facts(d2moe.builtin_model()).device(device[1], DenseWidths(5))
+    found = simulate(Trace.load(path), same, line["memory_bytes"], policy="lfu")
     assert line["hit_rate"] == found.hit_rate and line["tokens_per_s"] == found.tokens_per_s
     for arguments, message in (
         (("simulate", path, "--device", "nothing.json"), "expected a profile's file, or two bandwidths"),
@@ -235,6 +237,25 @@ def test_plan_needs_no_model_but_its_config(run, tmp_path, monkeypatch):
     assert code == 0 and "nothing of this reaches" in out
     code, _, err = run("plan", str(tmp_path / "absent"), "--device", "io=1GB,memory=20GB")
     assert code == 1 and "no such model" in err
+
+
+def test_what_planes_are_worth_does_not_depend_on_when_the_ledger_is_asked(seed):
+    rng = np.random.default_rng(seed)
+    layers, experts = (int(n) for n in rng.integers(2, 12, 2))
+    at_once, by_and_by = (Ledger(layers, experts, 50, 10, 10**6) for _ in range(2))
+    for ledger in (at_once, by_and_by):
+        for layer, expert in np.ndindex(layers, experts):
+            ledger.grow(layer, expert, 8)
+    for _ in range(rng.integers(1, 40)):
+        first = int(rng.integers(layers - 1))
+        size = (int(rng.integers(1, layers - first)), int(rng.integers(1, 5)), 2)
+        ids, bits = rng.integers(0, experts, size, np.int32), rng.choice([0, 2, 3, 4, 8], size).astype(np.int32)
+        at_once.touch(first, ids, bits)
+        by_and_by.touch(first, ids, bits)
+        by_and_by.heat()
+    n_bytes = 10**6 - at_once.used_bytes + int(rng.integers(1, at_once.used_bytes // 2))
+    assert np.array_equal(at_once.heat(), by_and_by.heat())
+    assert at_once.make_room(n_bytes, 0, set()) == by_and_by.make_room(n_bytes, 0, set())
 
 
 @pytest.mark.parametrize("dense", [False, True])

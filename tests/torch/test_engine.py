@@ -38,13 +38,14 @@ def case(request, tmp_path_factory):
 
 
 def dequantised(path, model, bits, dense_bits):
-    """The model with the container's own weights: experts at `bits`, all others at `dense_bits`."""
+    """The model with the container's own weights: experts at `bits`, all others at `dense_bits`, or their default for None."""
     container = Container.open(path)
     shape = shape_from_config(container.config, str(path))
     names = family(shape.model_type).source_names(shape)
     record = container.record
     rotation = record.rotation
     shapes = {p: (record.matrix(p).rows, record.matrix(p).cols, rotation if p == "down" else 0) for p in PROJECTIONS}
+    widths = EngineConfig(bits=bits, dense_bits=dense_bits).dense_widths(own_embedding=container.has("head"))
     state = {k: v.clone() for k, v in model.state_dict().items()}
     for canonical, source in names.dense.items():
         if not source.names:
@@ -53,8 +54,8 @@ def dequantised(path, model, bits, dense_bits):
         if not source.quantized:  # conversion moves factors between norms and columns
             state[target] = torch.from_numpy(container.read_dense(canonical).copy()).reshape(source.shape)
             continue
-        turned = rotation if canonical.endswith("down") else 0
-        state[target] = matrix(container.read_nested(canonical, dense_bits), dense_bits, *source.shape, turned)
+        width, turned = widths.of(canonical), rotation if canonical.endswith("down") else 0
+        state[target] = matrix(container.read_nested(canonical, width), width, *source.shape, turned)
     for layer in container.moe_layers:
         if names.is_dense:
             parts = container.read_expert(layer, 0, bits)
@@ -81,7 +82,7 @@ def per_token(found, expected):
     return np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
 
 
-@pytest.mark.parametrize(("bits", "dense_bits"), [(2, 8), (3, 4), (4, 8), (8, 6)])
+@pytest.mark.parametrize(("bits", "dense_bits"), [(2, 8), (3, None), (4, 8), (8, 6)])
 def test_logits_agree_with_transformers(case, bits, dense_bits):
     path, model, decisive = case
     state, original = dequantised(path, model, bits, dense_bits)

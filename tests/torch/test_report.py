@@ -121,7 +121,7 @@ def test_page_of_a_calibrated_model(family: str, tmp_path: Path) -> None:
     for row, bits in zip(of_width[1:], WIDTHS, strict=True):
         with Engine.load(model, EngineConfig(bits=bits, context=257, uniform=True)) as engine:
             found = math.exp(perplexity(engine, tokens[:513], context=256).nll / 512)
-        assert row[1] == f"{EngineConfig(bits=bits).dense_width} bits"
+        assert row[1] == str(EngineConfig(bits=bits).dense_widths(container.has("head")))
         assert row[-2] == f"{found:.4f}"
         assert float(row[-1].removesuffix(" %")) == pytest.approx(100 * (float(row[-2]) / shown - 1), abs=0.02)
 

@@ -213,6 +213,7 @@ def _row(result: Any) -> tuple[str, ...]:
 def _device(text: str | None, model: str | None) -> Any:
     from d2moe.container import Container
     from d2moe.evaluate.profile import known_profile
+    from d2moe.runtime.config import EngineConfig
     from d2moe.simulate.device import Device, parse_rates
     from d2moe.simulate.facts import model_facts
 
@@ -229,7 +230,8 @@ def _device(text: str | None, model: str | None) -> Any:
         return Device.load(Path(text))
     if model is None:
         raise click.UsageError("--device by bandwidths needs --model, to know what is computed beside the experts")
-    return model_facts(model_path(model)).device(text, 5)
+    facts = model_facts(model_path(model))
+    return facts.device(text, facts.dense_widths(EngineConfig(bits=BASE_BITS)))
 
 
 def _budget(text: str, whole: int) -> int:

@@ -11,6 +11,7 @@ import click
 from d2moe.cli.shared import (
     CONTEXT_OPTION,
     announce,
+    dense_text,
     engine_options,
     model_path,
     open_model,
@@ -237,7 +238,8 @@ def _bench_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("generation", f"{found['generation_tokens_per_s']:.2f} tokens/s"),
         ("prompt", f"{found['prompt_tokens_per_s']:.1f} tokens/s"),
         ("time to first token", f"{found['ttft_s']:.3f} s (first repeat {found['ttft_first_s']:.3f} s)"),
-        ("average width", f"{found['bits']:.2f} bits; dense weights {found['dense_bits']}, keys and values {found['kv']}"),
+        ("average width", f"{found['bits']:.2f} bits, keys and values {found['kv']}"),
+        ("dense weights", dense_text(found)),
         ("read from storage per token", size("read_bytes_per_token")),
         ("hit rate", share("hit_rate")),
         ("peak memory", f"{size('peak_bytes')} of {size('memory_bytes')}"),

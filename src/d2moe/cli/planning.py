@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from d2moe.cli.shared import engine_options, model_path, open_model, print_json, print_table
+from d2moe.cli.shared import dense_text, engine_options, model_path, open_model, print_json, print_table
 from d2moe.errors import ConfigError
 from d2moe.types import BASE_BITS, MAX_BITS
 
@@ -74,7 +74,7 @@ def _profile_rows(found: Any) -> list[tuple[str, str]]:
         ("chosen", f"{reads}, {chosen['read_depth']} reads in flight: {chosen['why']}"),
         ("reading ahead", _preloading(found)),
         ("memory bandwidth", f"{found.memory_bytes_per_s / 1e9:.1f} GB/s"),
-        ("all but experts, one token", f"{1e3 * found.dense_s[0]:.2f} ms at {found.facts['dense_bits']} bits"),
+        ("all but experts, one token", f"{1e3 * found.dense_s[0]:.2f} ms at {dense_text(found.facts)}"),
         ("one decision", f"{1e6 * found.decide_s:.0f} microseconds"),
         ("measured", found.facts["measured"]),
     ]
@@ -138,7 +138,7 @@ def plan(
     from d2moe.container import Container
     from d2moe.evaluate.profile import known_profile
     from d2moe.policy.trace import Trace
-    from d2moe.runtime.config import parse_bytes, show_bytes
+    from d2moe.runtime.config import EngineConfig, parse_bytes, show_bytes
     from d2moe.runtime.memory import usable_cpus
     from d2moe.simulate.facts import model_facts
     from d2moe.simulate.plan import default_budgets
@@ -166,14 +166,14 @@ def plan(
         assert trace is not None
         most = float(parse_bytes(target_bytes, "target-bytes") if target_bytes else "inf")
         limits = {"tokens_per_s": target or 0.0, "bytes_per_token": most}
-        target_device = stored or facts.device(str(device), 5)
+        target_device = stored or facts.device(str(device), facts.dense_widths(EngineConfig(bits=BASE_BITS)))
         _optimize(path, facts, target_device, budgets, trace, limits, context, cpus, write, as_json)
         return
     bits = widths or (2, 3, 4, 6, 8)
     with Bar("planning") as bar:
         found = run(
             facts,
-            lambda dense_bits: stored or facts.device(str(device), dense_bits),
+            lambda dense: stored or facts.device(str(device), dense),
             budgets,
             bits,
             context=context,

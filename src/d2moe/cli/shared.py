@@ -11,7 +11,7 @@ import click
 
 from d2moe.errors import ConfigError, ContainerError, RequestError
 from d2moe.policy import POLICIES
-from d2moe.types import BASE_BITS, MAX_BITS, QUALITIES
+from d2moe.types import BASE_BITS, MAX_BITS, QUALITIES, DenseWidths
 
 if TYPE_CHECKING:
     from d2moe.runtime.generate import Model
@@ -39,7 +39,7 @@ ENGINE_OPTIONS = [
     click.option(
         "--dense-bits",
         type=click.IntRange(BASE_BITS, MAX_BITS),
-        help="Width of all other weights, which stay in memory [default: --bits + 2, from 5 to 8].",
+        help="Width of all other weights, which stay in memory [default: about --bits + 2, from 5 to 8, by kind].",
     ),
     click.option(
         "--kv",
@@ -142,10 +142,16 @@ def announce(model: Model) -> None:
     why = profile.facts["chosen"]["why"] if profile else f'not measured yet, "d2moe profile {container.path.name}" does'
     fits = "all experts fit" if experts >= whole else f"{show_bytes(experts)} for {show_bytes(whole)} of experts"
     click.echo(
-        f"{container.path.name}: {bits:g} bits, {fits}; kernels {about['kernels']}, {about['threads']} threads{fewer}; "
+        f"{container.path.name}: {bits:g} bits, {fits}; other weights {dense_text(about)}; "
+        f"kernels {about['kernels']}, {about['threads']} threads{fewer}; "
         f"policy {about['policy']}; reads {how}, {about['read_depth']} in flight ({why})",
         err=True,
     )
+
+
+def dense_text(facts: dict[str, Any]) -> str:
+    """The widths of the dense weights that `Engine.describe`, a bench or a profile names."""
+    return str(DenseWidths(facts["dense_bits"], facts.get("dense_widths") or {}))
 
 
 def read_text(path: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2moe.container.reader import Container
-from d2moe.types import WIDTHS
+from d2moe.types import WIDTHS, DenseWidths
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class WidthSize:
     """All layers, the model's experts per token; None if config.json does not say how many."""
     dense_bytes: int
     """In memory: matrices at this width and float32 tensors."""
+    dense_widths: DenseWidths
+    """The engine's default for dense weights beside experts of this width."""
+    default_dense_bytes: int
+    """In memory at these."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,9 @@ def describe(container: Container) -> Description:
             record.prefix_bytes(bits),
             count * record.prefix_bytes(bits),
             layers * top_k * record.prefix_bytes(bits) if top_k else None,
-            container.dense_bytes(bits),
+            container.dense_bytes(DenseWidths(bits)),
+            default := DenseWidths.beside(bits, own_embedding=container.has("head")),
+            container.dense_bytes(default),
         )
         for bits in WIDTHS
     )

@@ -41,7 +41,7 @@ from d2moe.container.manifest import (
 from d2moe.container.record import NestedMatrix, split_record
 from d2moe.container.safetensors_header import DTYPES, Entry, Header, read_header
 from d2moe.errors import ConfigError, ContainerError
-from d2moe.types import ALIGN_BYTES, TILE_ROWS, check_width, padded
+from d2moe.types import ALIGN_BYTES, TILE_ROWS, DenseWidths, check_width, padded
 
 U8 = npt.NDArray[np.uint8]
 
@@ -110,12 +110,12 @@ class Container:
         """Experts per layer."""
         return self.manifest.experts
 
-    def dense_bytes(self, bits: int) -> int:
-        """Bytes in memory of all dense weights, matrices at width `bits` and float32 tensors.
+    def dense_bytes(self, widths: DenseWidths) -> int:
+        """Bytes in memory of all dense weights, matrices at `widths` and float32 tensors.
 
         Each matrix and each tensor counts as a multiple of 64 bytes, so an arena of this size holds them all, aligned.
         """
-        matrices = sum(layout.memory_bytes(bits) for layout in self.nested.values())
+        matrices = sum(layout.memory_bytes(widths.of(name)) for name, layout in self.nested.items())
         return matrices + sum(padded(entry.n_bytes, MEMORY_ALIGN) for entry in self.floats.values())
 
     def has(self, name: str) -> bool:

@@ -142,6 +142,7 @@ def bench(
         "kernels": about.get("kernels"),
         "threads": about.get("threads"),
         "dense_bits": about.get("dense_bits"),
+        "dense_widths": about.get("dense_widths"),
         "kv": about.get("kv"),
         **({"products": products} if explain else {}),
         "context": engine.context,
@@ -192,9 +193,9 @@ def touched_bytes(model: Model, bits: float, position: float) -> int:
     """Bytes of weights and key-value cache that one token at `position` must read at least once."""
     engine: Any = model.engine
     container, shape, config = engine.container, engine.shape, engine.config
-    dense = container.dense_bytes(config.dense_width)
+    dense = container.dense_bytes(engine.dense_widths)
     if not shape.tied_embeddings:  # one row of the embedding; tied, all of it is read as the head
-        dense -= container.nested["embed"].memory_bytes(config.dense_width)
+        dense -= container.nested["embed"].memory_bytes(engine.dense_widths.of("embed"))
     experts = len(container.moe_layers) * shape.top_k * (container.record.base_bytes + (bits - BASE_BITS) * container.record.plane_bytes)
     past = sum(min(position, w) if w else position for w in shape.windows)
     return int(dense + experts + past * kv_bytes(shape, config.kv, BLOCK_TOKENS) / BLOCK_TOKENS / shape.layers)

@@ -124,7 +124,8 @@ def profile(engine: Engine, tokens: list[int], progress: Callable[[int, int], No
         "reads": io,
         "chosen": chosen,
         "preload": preload,
-        "dense_bits": engine.config.dense_width,
+        "dense_bits": about["dense_bits"],
+        "dense_widths": about["dense_widths"],
     }
     return Device(platform.node() or "this machine", rate, each, latency, expert_s, dense_s, decide_s, bandwidth, facts)
 

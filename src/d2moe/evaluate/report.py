@@ -19,6 +19,7 @@ from d2moe.evaluate.perplexity import perplexity
 from d2moe.evaluate.pictures import expert_maps, layer_map, perplexity_curve
 from d2moe.runtime.config import EngineConfig, show_bytes
 from d2moe.runtime.engine import Engine
+from d2moe.types import DenseWidths
 
 F64 = npt.NDArray[np.float64]
 I32 = npt.NDArray[np.int32]
@@ -75,10 +76,10 @@ class Errors:
 
 @dataclass(frozen=True)
 class WidthRow:
-    """One width: bits of the experts and of the other weights, bytes of all weights, perplexity if it was measured."""
+    """One width: bits of the experts, those of the other weights by default, bytes of all weights, perplexity if it was measured."""
 
     bits: int
-    dense_bits: int
+    dense: DenseWidths
     bits_per_weight: float
     expert_bytes: int
     weights_bytes: int
@@ -161,8 +162,8 @@ def width_rows(
         size = sizes[bits]
         rows.append(
             WidthRow(
-                bits, config.dense_width, size.bits_per_weight, size.all_experts_bytes,
-                size.all_experts_bytes + container.dense_bytes(config.dense_width), size.token_bytes, found,
+                bits, size.dense_widths, size.bits_per_weight, size.all_experts_bytes,
+                size.all_experts_bytes + container.dense_bytes(size.dense_widths), size.token_bytes, found,
             )
         )  # fmt: skip
     return tuple(rows)

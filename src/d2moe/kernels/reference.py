@@ -196,7 +196,7 @@ class Program:
         self.dials: tuple[I32, I32, F32] = (facts["least"], facts["most"], facts["price"])
         self.layers: list[tuple[Attention, Router | None, FeedForward | None, WidthRouter | None, int]] = []
         self.next, self.routed = 0, False
-        self.wanted = np.zeros(MAX_BITS + 1, np.int64)
+        self._wanted = np.zeros(MAX_BITS + 1, np.int64)
         self.when, self.held = "missing", False
         self.notes: list[tuple[int, I32, I32]] = []
 
@@ -206,8 +206,9 @@ class Program:
         moe_index = sum(known is not None for _, known, *_ in self.layers)
         self.layers.append((attention, router, feed_forward, widths, moe_index))
 
-    def start(self, tokens: I32, position: I32, sequence: I32, tables: I32, rows: I32) -> None:
-        self.position, self.sequence, self.tables, self.rows = position, sequence, tables, rows
+    def start(self, tokens: I32, position: I32, sequence: I32, tables: I32, rows: I32, out: F32) -> None:
+        self.position, self.sequence, self.tables, self.rows, self.out = position, sequence, tables, rows, out
+        self._taken = np.zeros((len(tables), MAX_BITS + 1), np.int64)
         least, most, price = self.dials
         n = len(tokens)
         self.left = least[:n], most[:n], price[:n]  # of the tokens that are left
@@ -240,7 +241,7 @@ class Program:
                 self.bits[moe, :n] = wide
                 self.routed, self.begun = True, False
                 widest = self.widest(moe)
-                self.wanted += self.count(widest)
+                self._wanted += self.count(widest)
                 missing = any(self.experts.width(moe, int(e)) < widest[e] for e in np.flatnonzero(widest))
                 self.held = self.when != "decide" and not missing
                 if self.held:
@@ -249,7 +250,11 @@ class Program:
                     return moe
             self.compute(None)
             self.experts.finish(self.gates, self.x)
+            owner = self.sequence[self.rows] if self.next + 1 == len(self.layers) else self.sequence
+            np.add.at(self._taken, (owner[:, None], self.bits[moe, : len(owner)]), 1)
             self.next, self.routed = self.next + 1, False
+        if len(self.out):
+            self.out[:] = self.head.multiply(self.runtime, rms_norm(self.x, self.norm, self.eps))
         return -1
 
     def widest(self, moe: int) -> I32:
@@ -263,6 +268,16 @@ class Program:
     def count(widest: I32) -> npt.NDArray[np.int64]:
         """Experts by the widest width asked of them."""
         return np.bincount(widest[widest > 0], minlength=MAX_BITS + 1)
+
+    @property
+    def wanted(self) -> list[int]:
+        found: list[int] = self._wanted.tolist()
+        return found
+
+    @property
+    def taken(self) -> list[list[int]]:
+        found: list[list[int]] = self._taken.tolist()
+        return found
 
     def pause(self, when: str) -> None:
         self.when = when
@@ -278,9 +293,9 @@ class Program:
 
     def choose(self, bits: I32, gates: F32 | None = None) -> None:
         moe = self.layers[self.next][-1]
-        self.wanted -= self.count(self.widest(moe))
+        self._wanted -= self.count(self.widest(moe))
         self.bits[moe, : len(self.x)] = bits
-        self.wanted += self.count(self.widest(moe))
+        self._wanted += self.count(self.widest(moe))
         self.gates = self.gates if gates is None else gates.copy()
 
     def compute(self, experts: I32 | None) -> None:
@@ -296,9 +311,6 @@ class Program:
     def take_notes(self) -> list[tuple[int, I32, I32]]:
         notes, self.notes = self.notes, []
         return notes
-
-    def logits(self, out: F32) -> None:
-        out[:] = self.head.multiply(self.runtime, rms_norm(self.x, self.norm, self.eps))
 
     def abandon(self) -> None:
         self.next, self.routed = len(self.layers), False

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2moe.models.rope import attention_scale, inverse_frequencies
-from d2moe.types import MAX_BITS, ModelShape
+from d2moe.types import MAX_BITS, DenseWidths, ModelShape
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -47,11 +47,11 @@ class Places:
 
 @dataclass(frozen=True)
 class DenseOptions:
-    """`bits`: width of the dense weights in memory; `group`: columns that share a step and a zero; `rotation`: of what down
+    """`widths` of the dense weights in memory; `group`: columns that share a step and a zero; `rotation`: of what down
     meets (`planes.rotate`), 0 for none; `allocate(n_bytes)` gives
     the memory of each array, uint8 [n_bytes] at a multiple of 64 bytes."""
 
-    bits: int
+    widths: DenseWidths
     group: int
     rotation: int = 0
     allocate: Callable[[int], npt.NDArray[np.uint8]] | None = None
@@ -60,9 +60,10 @@ class DenseOptions:
 class Decoder:
     """All resident weights of a model, and its steps of up to `max_tokens` tokens.
 
-    A step is `start`, then `run` until it says -1, then `logits`. `least`, `most` int32 and `price` float32 [max_tokens] say
-    before `start` what each token allows (see `WidthRouter` in csrc/widths.h); `ids` and `bits` int32 [moe_layers, max_tokens, top_k]
-    tell afterwards which experts were chosen and how wide. `width_routers` has one for each MoE layer, or is empty.
+    A step is `start`, then `run` until it says -1: then the logits are where `start` was told to put them. `least`, `most` int32 and
+    `price` float32 [max_tokens] say before `start` what each token allows (see `WidthRouter` in csrc/widths.h); `ids` and `bits` int32
+    [moe_layers, max_tokens, top_k] tell afterwards which experts were chosen and how wide. `width_routers` has one for each MoE layer,
+    or is empty.
     """
 
     def __init__(
@@ -109,8 +110,9 @@ class Decoder:
     def _linear(self, name: str, rows: int, cols: int) -> Any:
         w, dense = self._weights, self._dense
         bias = w.read_dense(f"{name}_bias") if w.has(f"{name}_bias") else None
-        m = w.read_nested(name, dense.bits, dense.allocate)
-        return self._backend.Linear(rows, cols, dense.group, dense.bits, m.row_scale, m.affine, m.base, m.planes, bias)
+        bits = dense.widths.of(name)
+        m = w.read_nested(name, bits, dense.allocate)
+        return self._backend.Linear(rows, cols, dense.group, bits, m.row_scale, m.affine, m.base, m.planes, bias)
 
     def _feed_forward(self, name: str, inner: int, mix: F32 | None, norm: F32 | None) -> Any:
         hidden = self.shape.hidden
@@ -154,13 +156,14 @@ class Decoder:
             k_norm=w.read_dense(f"{name}.attn.k_norm") if normed else None,
         )
 
-    def start(self, tokens: I32, places: Places, rows: I32) -> None:
+    def start(self, tokens: I32, places: Places, rows: I32, logits: F32) -> None:
         """Begin a step with `tokens` int32 [n]; their keys and values will be appended to the cache.
 
-        `rows` int32, ascending: the tokens whose logits are wanted; the last layer's experts see no others.
+        `rows` int32, ascending: the tokens whose logits are wanted, in `logits` float32 [len(rows), vocab]; the last layer's experts see
+        no others.
         """
         self._tokens, self._rows = len(tokens), rows
-        self.program.start(tokens, places.position, places.sequence, places.tables, rows)
+        self.program.start(tokens, places.position, places.sequence, places.tables, rows, logits)
 
     def run(self) -> int:
         """Go on; -1 at the end, else the MoE layer (counted among those) that waits for reads of its experts."""
@@ -183,10 +186,3 @@ class Decoder:
     def compute(self, experts: I32) -> None:
         """Compute some experts of the layer that waits, as they arrive; `run` computes the rest."""
         self.program.compute(experts)
-
-    def logits(self) -> F32:
-        """Logits float32 [len(rows), vocab] of the finished step."""
-        out = np.empty((len(self._rows), self.shape.vocab), np.float32)
-        if len(out):
-            self.program.logits(out)
-        return out

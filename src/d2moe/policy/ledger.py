@@ -26,6 +26,7 @@ HALF_LIFE = 64
 LAST_CALL = 0.2
 """What the share of tokens in the last call counts beside the one of the long run."""
 SEGMENTS = MAX_BITS - BASE_BITS + 1
+PLACES = np.arange(SEGMENTS, dtype=np.int32)
 NOTED_CALLS = 64
 """Runs of layer calls whose demand waits to be worked into the values; bounds what they hold."""
 TURN = 1e-6
@@ -46,6 +47,8 @@ class Ledger:
         self._demand = np.zeros((layers, experts, SEGMENTS))
         self._tokens = np.zeros((layers, 1, 1))
         """Decayed numbers of tokens: those that wanted each plane, and all."""
+        self._last, self._last_tokens = np.zeros_like(self._demand), np.ones_like(self._tokens)
+        """The same of the last call alone."""
         self._worth = np.zeros((layers, experts, SEGMENTS))
         self._noted: list[tuple[int, I32, I32]] = []
         self._queues: list[list[tuple[float, int]] | None] = [None] * layers
@@ -67,23 +70,25 @@ class Ledger:
     def _value_noted(self) -> None:
         """Work the noted calls into what the planes of their layers are worth."""
         fade = 2.0 ** (-1 / HALF_LIFE)
+        parts: set[tuple[int, int]] = set()
         for first, ids, bits in self._noted:
             layers, tokens, _ = ids.shape
-            place = ids * SEGMENTS + (bits - BASE_BITS)
-            if layers > 1:
-                place += (np.arange(layers, dtype=np.int32) * (self.experts * SEGMENTS))[:, None, None]
-            # Width router and some policies leave choices out: those have 0 bits.
-            wanted = np.bincount(place[bits > 0], minlength=layers * self.experts * SEGMENTS).reshape(layers, self.experts, SEGMENTS)
-            wanted = wanted[..., ::-1].cumsum(axis=2)[..., ::-1]  # who wants a plane wants all lower ones
+            expert = ids + (np.arange(layers, dtype=np.int32) * self.experts)[:, None, None]
+            # Who wants a plane wants all lower ones; the width router and some policies leave choices out, which have 0 bits.
+            place = (expert * SEGMENTS)[..., None] + PLACES
+            wanted = np.bincount(place[(bits - BASE_BITS)[..., None] >= PLACES], minlength=layers * self.experts * SEGMENTS)
             part = slice(first, first + layers)
             demand, seen = self._demand[part], self._tokens[part]
             demand *= fade
-            demand += wanted
+            demand += wanted.reshape(demand.shape)
             seen *= fade
             seen += tokens
-            self._worth[part] = demand / seen + (LAST_CALL / tokens) * wanted
+            self._last[part], self._last_tokens[part] = wanted.reshape(demand.shape), tokens
             self._queues[part] = [None] * layers
+            parts.add((first, first + layers))
         self._noted.clear()
+        for part in (slice(*ends) for ends in parts):  # mostly one: all layers
+            self._worth[part] = self._demand[part] / self._tokens[part] + (LAST_CALL / self._last_tokens[part]) * self._last[part]
 
     def heat(self) -> npt.NDArray[np.float64]:
         """float64 [layers, experts]: the share of recent tokens that wanted each expert, the latest counting most."""

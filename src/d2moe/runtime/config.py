@@ -8,7 +8,7 @@ from typing import Any
 
 from d2moe.errors import ConfigError
 from d2moe.policy import POLICIES
-from d2moe.types import MAX_BITS, check_dial, check_width, quality_bits
+from d2moe.types import DenseWidths, check_dial, check_width, quality_bits
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -43,8 +43,8 @@ class EngineConfig:
     """`memory_bytes`: the whole process; None takes what the model needs, up to 80 % of the memory that is free.
     `expert_memory_bytes`: expert slots alone, instead of all that `memory_bytes` leaves.
     `bits`: the average width of requests that name none, any number from 2 to 8 where the model has a width router, else a whole
-    one. `uniform`: one plain width for all experts even so. `dense_bits`: the width of all other weights (default: two
-    bits more than `bits`, from 5 to 8; see `dense_width`). `kv`: keys and values as "f16"
+    one. `uniform`: one plain width for all experts even so. `dense_bits`: the width of all other weights (default: about two
+    bits more than `bits`, see `DenseWidths.beside`). `kv`: keys and values as "f16"
     (two bytes each) or "q8" (one). `context`: tokens a sequence may hold (default: the model's, at most
     4096). `threads`: default all CPUs this process may use. `chunk_tokens`: tokens of a prompt computed at a time.
     `max_sequences`: sequences that may be alive at once. `kv_tokens`: tokens of all of them together (default: a full context
@@ -74,7 +74,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_dial(self.bits)
-        check_width(self.dense_width)
+        if self.dense_bits is not None:
+            check_width(self.dense_bits)
         whole = ("memory_bytes", "expert_memory_bytes", "context", "threads", "chunk_tokens", "max_sequences", "kv_tokens", "read_depth")
         for name in (*whole, "reserve_bytes"):
             value, least = getattr(self, name), 0 if name == "reserve_bytes" else 1
@@ -84,11 +85,9 @@ class EngineConfig:
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
 
-    @property
-    def dense_width(self) -> int:
-        """Bits of the dense weights. Every token reads all of them, they are few, and a bit less costs them far more quality
-        than it costs the experts (docs/log.md): by default they get two bits more."""
-        return self.dense_bits if self.dense_bits is not None else min(MAX_BITS, max(5, int(self.bits + 2.5)))
+    def dense_widths(self, own_embedding: bool) -> DenseWidths:
+        """Of a model whose embedding is not its head, or of one where they are the same matrix."""
+        return DenseWidths.beside(self.bits, own_embedding) if self.dense_bits is None else DenseWidths(self.dense_bits)
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ class Engine:
         self.context = config.context or min(shape.context, DEFAULT_CONTEXT)
         if self.context > shape.context:
             raise ConfigError(f"{where}: a context of {self.context} tokens is more than the {shape.context} the model was made for")
+        self.dense_widths = config.dense_widths(own_embedding=not shape.tied_embeddings)
         threads = config.threads or memory.usable_cpus()
         record, layers = container.record, container.moe_layers
         self.router = read_router(container)  # before the budget is split, which counts what the process holds by then
@@ -55,7 +58,7 @@ class Engine:
             config,
             shape,
             group=record.group,
-            dense=container.dense_bytes(config.dense_width),
+            dense=container.dense_bytes(self.dense_widths),
             all_experts=record.record_bytes * len(layers) * container.experts,
             one_expert=record.record_bytes,
             context=self.context,
@@ -83,6 +86,7 @@ class Engine:
         self.experts = self.new_experts(config.direct, config.read_depth)
         self.experts.set_limit(self.budget.experts)
         self.ledger = Ledger(len(layers), container.experts, record.base_bytes, record.plane_bytes, self.budget.experts)
+        self._prefix_bytes: list[int] = self.ledger.prefix_bytes.tolist()
         self.counters = Counters()
         self._learn = Trace.load(config.learn) if config.learn else None
         self.policy = policy.make(config.policy, self.ledger, shape.top_k, learn=self._learn)
@@ -90,7 +94,7 @@ class Engine:
         """Grows when a text's keys and values may from now on be others than before."""
         self._streamer = Streamer(self.experts, self.ledger, self.counters, backend.StorageFailure, self.policy)
         report = (lambda index: progress(index + 1, shape.layers)) if progress else None
-        dense = DenseOptions(config.dense_width, record.group, record.rotation, memory.Arena(self.budget.dense).take)
+        dense = DenseOptions(self.dense_widths, record.group, record.rotation, memory.Arena(self.budget.dense).take)
         widths = [self.router.layer(index) for index in range(len(layers))] if self.router else []
         self.decoder = Decoder(backend, self.runtime, shape, container, dense, chunk, self.kv, self.experts, report, widths)
         self._pause()
@@ -249,10 +253,10 @@ class Engine:
             raise
         counters = self.counters
         counters.read_bytes, counters.reads, stall, compute, _ = self.experts.counters
-        wanted = np.array(self.decoder.program.wanted, np.int64)
-        counters.wanted_bytes = int(wanted @ self.ledger.prefix_bytes)
-        planes = wanted[::-1].cumsum()[::-1]  # who wants a plane wants all lower ones
-        counters.planes_wanted = (0,) * BASE_BITS + tuple(planes[BASE_BITS:].tolist())
+        wanted = self.decoder.program.wanted
+        counters.wanted_bytes = sum(map(mul, wanted, self._prefix_bytes))
+        planes = [*accumulate(reversed(wanted))][::-1]  # who wants a plane wants all lower ones
+        counters.planes_wanted = (0,) * BASE_BITS + tuple(planes[BASE_BITS:])
         counters.stall_seconds, counters.compute_seconds = stall / 1e9, compute / 1e9
         counters.steps += 1
         counters.step_seconds += time.perf_counter() - begin
@@ -264,73 +268,64 @@ class Engine:
         tokens = np.ascontiguousarray(chunk.tokens, np.int32)
         if tokens.ndim != 1 or not len(tokens):
             raise RequestError("a chunk needs at least one token")
-        if tokens.min() < 0 or tokens.max() >= self.shape.vocab:
-            raise RequestError(f"token ids run from 0 to {self.shape.vocab - 1}, found {tokens.min()} to {tokens.max()}")
+        ids = tokens.tolist()
+        if min(ids) < 0 or max(ids) >= self.shape.vocab:
+            raise RequestError(f"token ids run from 0 to {self.shape.vocab - 1}, found {min(ids)} to {max(ids)}")
         self.dial(chunk.bits, chunk.uniform)
         return tokens
 
     def _pass(self, items: list[tuple[Chunk, npt.NDArray[np.int32], str]]) -> F32:
         """One forward pass over at most max_tokens tokens."""
-        lengths = [len(tokens) for _, tokens, _ in items]
-        n = sum(lengths)
-        position, sequence, at = np.empty(n, np.int32), np.empty(n, np.int32), 0
-        rows: list[int] = []
-        decoder, ends = self.decoder, [0]
-        for index, (chunk, _, wanted) in enumerate(items):
-            end = at + lengths[index]
-            position[at:end] = np.arange(chunk.sequence.length, chunk.sequence.length + end - at)
-            sequence[at:end] = index
+        decoder = self.decoder
+        positions: list[int] = []
+        sequences: list[int] = []
+        wished: list[int] = []
+        for index, (chunk, tokens, wish) in enumerate(items):
+            at, length = len(positions), chunk.sequence.length
+            positions += range(length, length + len(tokens))
+            sequences += [index] * len(tokens)
+            end = len(positions)
             decoder.least[at:end], decoder.most[at:end], decoder.price[at:end] = self.dial(chunk.bits, chunk.uniform)
-            rows += range(at, end) if wanted == "all" else (end - 1,) if wanted == "last" else ()
-            ends.append(len(rows))
-            at = end
+            wished += range(at, end) if wish == "all" else (end - 1,) if wish == "last" else ()
         alone = len(items) == 1
         tables = items[0][0].sequence.table[None] if alone else np.stack([c.sequence.table for c, _, _ in items])
         tokens = items[0][1] if alone else np.concatenate([t for _, t, _ in items])
-        places = Places(position, sequence, tables)
+        position, sequence, rows = (np.array(found, np.int32) for found in (positions, sequences, wished))
         recorder = self._streamer.recorder
         if recorder is not None:
-            recorder.begin(position, sequence, np.array(rows, np.int32))
-        decoder.start(tokens, places, np.array(rows, np.int32))
+            recorder.begin(position, sequence, rows)
+        logits = np.empty((len(rows), self.shape.vocab), np.float32)
+        decoder.start(tokens, Places(position, sequence, tables), rows, logits)
         self._streamer.run(decoder)
         if recorder is not None:
             recorder.end()
-        out = decoder.logits()
-        self._count([chunk for chunk, *_ in items], lengths, ends)
-        self.counters.tokens += n
-        return out
+        self._count(items)
+        return logits
 
     def heat(self) -> npt.NDArray[np.float64]:
         """float64 [MoE layers, experts]: how much each expert was wanted lately, see `Ledger.heat`."""
         self._streamer.hear(self.decoder)
         return self.ledger.heat()
 
-    def _count(self, chunks: list[Chunk], lengths: list[int], ends: list[int]) -> None:
-        """The widths that each chunk's tokens took; the model's last layer saw only those whose logits were wanted, the rows
-        before `ends`."""
-        bits, layers, c = self.decoder.bits, len(self.shape.moe_layers), self.counters
-        last = int(self.decoder.ends_with(layers - 1))
-        most, some = bits[: layers - last, : sum(lengths)], bits[layers - last :, : ends[-1]]
-        for part in (most, some):
-            c.width_uses = plus(c.width_uses, np.bincount(part.reshape(-1), minlength=MAX_BITS + 1).tolist())
-        of_token, of_row = ([0, *part.sum((0, 2)).cumsum().tolist()] for part in (most, some))
-        at = 0
-        for index, (chunk, n) in enumerate(zip(chunks, lengths, strict=True)):
-            first, after = ends[index], ends[index + 1]
-            uses = (n * (layers - last) + (after - first) * last) * self.shape.top_k
-            total = of_token[at + n] - of_token[at] + of_row[after] - of_row[first]
+    def _count(self, items: list[tuple[Chunk, npt.NDArray[np.int32], str]]) -> None:
+        """The widths that each chunk's tokens took."""
+        c = self.counters
+        for (chunk, tokens, _), taken in zip(items, self.decoder.program.taken, strict=True):
+            c.width_uses = plus(c.width_uses, taken)
+            uses, bits = sum(taken), sum(map(mul, taken, range(MAX_BITS + 1)))
             for counts in (c, chunk.sequence):
                 counts.uses += uses
-                counts.use_bits += total
-            chunk.sequence.length += n
-            at += n
+                counts.use_bits += bits
+            chunk.sequence.length += len(tokens)
+            c.tokens += len(tokens)
 
     def describe(self) -> dict[str, Any]:
         """Facts for reports: kernel table, threads, storage path, how the budget is split (bytes)."""
         return {
             "kernels": self.runtime.table,
             "policy": self.policy.name,
-            "dense_bits": self.config.dense_width,
+            "dense_bits": self.dense_widths.bits,
+            "dense_widths": dict(self.dense_widths.others),
             "width_router": self.router is not None,
             "kv": self.config.kv,
             "threads": self.runtime.threads,

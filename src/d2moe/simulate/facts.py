@@ -12,19 +12,20 @@ from d2moe.container import Container, MatrixLayout, RecordLayout
 from d2moe.errors import ConfigError, ContainerError
 from d2moe.models import family, shape_from_config
 from d2moe.policy.trace import Meta
+from d2moe.runtime.config import EngineConfig
 from d2moe.simulate.device import Device, guess, parse_rates
-from d2moe.types import GROUP, WIDTHS, ModelShape
+from d2moe.types import GROUP, WIDTHS, DenseWidths, ModelShape
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model's shape, the layout of its experts and the bytes of all its other weights at a width."""
+    """A model's shape, the layout of its experts and the bytes of all its other weights by width."""
 
     name: str
     shape: ModelShape
     record: RecordLayout
-    dense_bytes: Callable[[int], int]
-    kept_bytes: Callable[[int], int]
+    dense_bytes: Callable[[DenseWidths], int]
+    kept_bytes: Callable[[DenseWidths], int]
     """Those a step reads: not the embedding, of which a token is one row."""
 
     def meta(self) -> Meta:
@@ -36,7 +37,10 @@ class ModelFacts:
     def all_experts_bytes(self, bits: int) -> int:
         return len(self.shape.moe_layers) * self.shape.experts * self.record.prefix_bytes(bits)
 
-    def device(self, text: str, dense_bits: int) -> Device:
+    def dense_widths(self, config: EngineConfig) -> DenseWidths:
+        return config.dense_widths(own_embedding=not self.shape.tied_embeddings)
+
+    def device(self, text: str, dense: DenseWidths) -> Device:
         """A device by its two bandwidths, "io=1.2GB,memory=30GB", or from a profile's file; ConfigError else."""
         rates = parse_rates(text)
         if rates is None:
@@ -49,7 +53,7 @@ class ModelFacts:
         return guess(
             *rates,
             expert_bytes={b: self.record.prefix_bytes(b) for b in WIDTHS},
-            dense_bytes=self.kept_bytes(dense_bits),
+            dense_bytes=self.kept_bytes(dense),
             expert_weights=3 * self.shape.hidden * self.shape.expert_inner,
         )
 
@@ -74,16 +78,16 @@ def model_facts(path: Path, group: int = GROUP) -> ModelFacts:
         record = RecordLayout(shape.hidden, shape.expert_inner, group)
     sources = family(shape.model_type).source_names(shape).dense
 
-    def size(bits: int, without: str = "") -> int:
+    def size(widths: DenseWidths, without: str = "") -> int:
         total = 0
         for name, source in sources.items():
             if name != without:
                 if source.quantized:
-                    total += MatrixLayout(source.shape[0], source.shape[1], record.group).memory_bytes(bits)
+                    total += MatrixLayout(source.shape[0], source.shape[1], record.group).memory_bytes(widths.of(name))
                 else:
                     total += 4 * math.prod(source.shape)
         return total
 
     untied = "" if shape.tied_embeddings else "embed"
     name = path.parent.name or path.name if path.name == "config.json" else path.name
-    return ModelFacts(name, shape, record, size, lambda bits: size(bits, untied))
+    return ModelFacts(name, shape, record, size, lambda widths: size(widths, untied))

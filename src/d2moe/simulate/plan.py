@@ -13,6 +13,7 @@ from d2moe.simulate.device import Device
 from d2moe.simulate.facts import ModelFacts
 from d2moe.simulate.simulate import simulate
 from d2moe.simulate.synthetic import synthetic_trace
+from d2moe.types import DenseWidths
 
 TOKENS = 48
 """Decoded in each simulation after PROMPT_TOKENS that fill the slots."""
@@ -54,7 +55,7 @@ def _split(facts: ModelFacts, config: EngineConfig, threads: int) -> memory.Budg
         config,
         shape,
         group=record.group,
-        dense=facts.dense_bytes(config.dense_width),
+        dense=facts.dense_bytes(facts.dense_widths(config)),
         all_experts=record.record_bytes * len(shape.moe_layers) * shape.experts,
         one_expert=record.record_bytes,
         context=config.context or shape.context,
@@ -65,7 +66,7 @@ def _split(facts: ModelFacts, config: EngineConfig, threads: int) -> memory.Budg
 
 def plan(
     facts: ModelFacts,
-    device: Callable[[int], Device],
+    device: Callable[[DenseWidths], Device],
     budgets: Sequence[int],
     widths: Sequence[int],
     *,
@@ -75,7 +76,7 @@ def plan(
     policy: str = "hebf",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Choice]:
-    """Simulate each budget (bytes of the whole process) and width; `device` gives the device for dense weights of a width.
+    """Simulate each budget (bytes of the whole process) and width; `device` gives the device for dense weights of such widths.
 
     Routing is `trace`'s, or made up with the statistics of models with many experts.
     """
@@ -86,7 +87,7 @@ def plan(
             config = EngineConfig(memory_bytes=budget, bits=bits, context=context)
             try:
                 experts = experts_bytes(facts, config, threads)
-                found = simulate(trace, device(config.dense_width), experts, policy=policy, bits=bits)
+                found = simulate(trace, device(facts.dense_widths(config)), experts, policy=policy, bits=bits)
             except MemoryBudgetError:
                 out.append(Choice(budget, bits))
             else:
