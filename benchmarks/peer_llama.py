@@ -158,18 +158,20 @@ class Quiet:
         return value
 
 
-def watcher(chosen: dict[str, list[frozenset[int]]], top_k: int) -> Any:
-    """A callback of the graph that notes the experts of each layer for a token fed alone."""
+def watcher(chose: Callable[[int, tuple[int, ...]], None], top_k: int) -> Any:
+    """A callback of the graph: `chose(layer, experts)` as soon as a layer has chosen, for tokens that are fed alone."""
     libggml.ggml_get_name.restype, libggml.ggml_get_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
     libggml.ggml_get_data.restype, libggml.ggml_get_data.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    libggml.ggml_nelements.restype, libggml.ggml_nelements.argtypes = ctypes.c_int64, [ctypes.c_void_p]
 
     def note(tensor: int, ask: bool, _: int) -> bool:
-        name = libggml.ggml_get_name(tensor).decode()
-        wanted = name.startswith("ffn_moe_topk")
-        if wanted and not ask:
+        name = libggml.ggml_get_name(tensor)  # asked of every node, so nothing is done that need not be
+        if not name.startswith(b"ffn_moe_topk"):
+            return not ask
+        if not ask and libggml.ggml_nelements(tensor) == top_k:
             ids = (ctypes.c_int32 * top_k).from_address(libggml.ggml_get_data(tensor))
-            chosen.setdefault(name, []).append(frozenset(ids))
-        return wanted or not ask
+            chose(int(name.rpartition(b"-")[2]), tuple(ids))
+        return True
 
     return lib.ggml_backend_sched_eval_callback(note)
 
@@ -179,12 +181,18 @@ def metadata(model: Any, key: str) -> str:
     return buffer.value.decode() if lib.llama_model_meta_val_str(model, key.encode(), buffer, 64) >= 0 else ""
 
 
-def routing(model: Any, tokens: np.ndarray, threads: int) -> dict[str, float]:
-    """How often a token chooses an expert that the one before it chose, and how many experts are used at all."""
+def chosen_of(model: Any) -> tuple[int, int]:
+    """Experts of a layer, and how many of them a token takes."""
     arch = metadata(model, "general.architecture")
     experts, top_k = (int(metadata(model, f"{arch}.expert_{name}") or 0) for name in ("count", "used_count"))
-    chosen: dict[str, list[frozenset[int]]] = {}
-    watch = watcher(chosen, top_k)
+    return experts, top_k
+
+
+def routing(model: Any, tokens: np.ndarray, threads: int) -> dict[str, float]:
+    """How often a token chooses an expert that the one before it chose, and how many experts are used at all."""
+    experts, top_k = chosen_of(model)
+    chosen: dict[int, list[frozenset[int]]] = {}
+    watch = watcher(lambda layer, ids: chosen.setdefault(layer, []).append(frozenset(ids)), top_k)
     with session(model, len(tokens), threads, watch=watch) as one:
         one.generate(tokens)
     again = [len(a & b) / top_k for sets in chosen.values() for a, b in itertools.pairwise(sets)]

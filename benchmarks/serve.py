@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import re
 import shutil
 import socket
@@ -32,6 +31,7 @@ from typing import Any
 import click
 import httpx
 import numpy as np
+from machine import Group, group_of
 from serve_bounds import SHAPES, bodies, bounds
 
 import d2moe
@@ -49,42 +49,6 @@ def model_in(folder: Path | None, kind: str = "olmoe") -> Path:
         click.echo(f"making {path} …", err=True)
         synthesise(path, SHAPES[kind], d2moe.builtin_model() / "tokenizer.json")
     return path
-
-
-class Group:
-    """A control group of the memory controller, version 1 or 2, that holds what runs in it to `limit` bytes."""
-
-    def __init__(self, limit: int):
-        version1 = Path("/sys/fs/cgroup/memory")
-        self._old = version1.is_dir()
-        self.path = (version1 if self._old else Path("/sys/fs/cgroup")) / f"d2moe-benchmark-{os.getpid()}"
-        self.path.mkdir()
-        (self.path / ("memory.limit_in_bytes" if self._old else "memory.max")).write_text(str(limit))
-
-    def join(self) -> None:
-        (self.path / "cgroup.procs").write_text("0")
-
-    def over(self) -> dict[str, int]:
-        """Most bytes it held (file pages of its libraries and the model included, which go when they must) and processes killed."""
-        names = ("memory.max_usage_in_bytes", "memory.oom_control") if self._old else ("memory.peak", "memory.events")
-        most, kills = ((self.path / name).read_text() for name in names)
-        found = re.search(r"^oom_kill (\d+)", kills, re.M)
-        return {"most_bytes": int(most), "killed": int(found[1]) if found else 0}
-
-
-@contextlib.contextmanager
-def group_of(limit: int) -> Iterator[Group | None]:
-    """A control group if this user may make one; else None, and the resident memory alone is watched."""
-    try:
-        group = Group(limit)
-    except OSError as error:
-        click.echo(f"no control group ({error}): resident memory alone is watched", err=True)
-        yield None
-        return
-    try:
-        yield group
-    finally:
-        group.path.rmdir()
 
 
 def status_bytes(pid: int, name: str) -> int:
