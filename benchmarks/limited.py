@@ -9,7 +9,7 @@ memory controller (version 1 or 2) that counts file pages too, after the page ca
 and put back. Close other programs: llama.cpp's threads spin while they wait for each other.
 
 Limits are shares of the GGUF file. llama.cpp uses the file where it is mapped, without repacking, as a copy does not fit: (a) as it
-comes, (b) with a read-ahead of 128 KiB, (c) with that and the chosen experts brought in by benchmarks/peer_limited.py's callback.
+comes, (b) with a read-ahead of 128 KiB, (c) with that and the chosen experts asked for at once by benchmarks/peer_limited.py's callback.
 Its default, with repacking, is run once for each limit to show what becomes of it. Ours are one width of 4 bits and averages of
 3 and 2.5 bits by a made-up width router (stream.py), with `--margin` less than the limit as `--memory`.
 
@@ -17,7 +17,8 @@ Tokens are "uniform", each its own, or "skewed": repeated ones out of a Zipf voc
 models. The share of experts that come again, beside chance, is printed for both engines. A run stops after `--seconds` or `--tokens`;
 ratios are of one round, over the tokens that both sides of it decoded. Bytes of ours are its own counters', llama.cpp's are those
 of /proc/self/io. "disk" is the rate at which ours read over a plain direct read measured right after it. "bound" is the least time,
-bytes read at that rate or the time not spent waiting, whichever is more, over the time taken. "peak" is the group's, file pages included.
+bytes read at that rate or the time not spent waiting, whichever is more, over the time taken. "peak" is the group's, file pages
+included. "others" is the share of all CPUs that went to other programs meanwhile.
 
 `curve` is speed and peak resident memory over budgets, in per cent of what the process with all experts at 4 bits takes, without a
 control group. "needs" is the rate a disk must have for 90 % of the speed in memory if all its reads were hidden.
@@ -42,6 +43,7 @@ from typing import Any
 import click
 import numpy as np
 from machine import Group, drop_caches, read_ahead, read_ahead_file
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from stream import give_router, text
@@ -58,7 +60,7 @@ from d2moe.runtime.memory import peak_bytes
 from d2moe.runtime.request import Chunk
 
 HERE = Path(__file__).parent
-PROMPT, WARM = 64, 4
+PROMPT, WARM = 64, 2
 LEAST = 6
 """Tokens that are measured however long they take."""
 FILL = 64
@@ -102,7 +104,7 @@ def in_group(one: Setting, extra: list[str], knob: Path | None) -> dict[str, Any
     if over["killed"]:
         return {"spans": [], **over}
     if done.returncode or not lines:
-        raise click.ClickException(f"{' '.join(one.command)} failed with {done.returncode}:\n{done.stderr[-2000:]}")
+        raise click.ClickException(f"{' '.join(one.command)} failed with {done.returncode}:\n{done.stderr[-500:]}")
     return {**json.loads(lines[-1]), **over}
 
 
@@ -195,19 +197,19 @@ def write(out: Path | None, lines: list[dict[str, Any]]) -> None:
             file.write(made)
 
 
-def cell(values: list[Any], digits: int = 2, scale: float = 1.0) -> str:
-    """Median (low to high) of what is a number."""
+def cell(values: list[Any], digits: int = 2, scale: float = 1.0, around: bool = False) -> str:
+    """Median of what is a number, with `around` its low and high, too."""
     known = [v * scale for v in values if v is not None]
     if not known:
         return ""
     s = spread(known)
-    around = f" ({s['low']:.{digits}f} to {s['high']:.{digits}f})" if len(known) > 1 else ""
-    return f"{s['median']:.{digits}f}{around}"
+    more = f" ({s['low']:.{digits}f} to {s['high']:.{digits}f})" if around and len(known) > 1 else ""
+    return f"{s['median']:.{digits}f}{more}"
 
 
 def table_of(title: str, heads: tuple[str, ...], rows: list[list[str]]) -> None:
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 170, stderr=True)
-    table = Table(title=title, title_justify="left")
+    console = Console(highlight=False, width=None if sys.stderr.isatty() else 170, stderr=True)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for number, head in enumerate(heads):
         table.add_column(head, justify="right" if number > 2 else "left")
     for row in rows:
@@ -241,10 +243,10 @@ def main() -> None:
 @click.option("--limit", "limits", multiple=True, type=float, default=(50, 35), show_default=True, help="Per cent of the GGUF file.")
 @click.option("--bits", "widths", multiple=True, type=float, default=(4, 3, 2.5), show_default=True)
 @click.option("--seconds", default=12.0, show_default=True, help="Measured in a run, unless all tokens take less.")
-@click.option("--margin", default=24.0, show_default=True, help="MB of the limit that --memory leaves.")
-@click.option("--readers", default=4, show_default=True, help="Threads of llama.cpp's prefetch.")
+@click.option("--margin", default=8.0, show_default=True, help="MB of the limit that --memory leaves.")
+@click.option("--wait", is_flag=True, help="Have llama.cpp's prefetch wait for all that it asked for.")
 def beside(folder: Path, layers: int, rounds: int, tokens: int, out: Path | None, routings: tuple[str, ...], peer_python: str,
-           limits: tuple[float, ...], widths: tuple[float, ...], seconds: float, margin: float, readers: int) -> None:  # fmt: skip
+           limits: tuple[float, ...], widths: tuple[float, ...], seconds: float, margin: float, wait: bool) -> None:  # fmt: skip
     """Both engines in the same control group, in turns."""
     try:
         drop_caches()
@@ -254,6 +256,8 @@ def beside(folder: Path, layers: int, rounds: int, tokens: int, out: Path | None
     knob = read_ahead_file(folder)
     if knob is None:
         tell(f"NOT MEASURED: nothing sets the read-ahead of the disk under {folder}, so (b) is left out and (c) has the system's")
+    else:
+        tell(f"read-ahead is {int(knob.read_text())} KiB in {knob}; should this be killed by SIGKILL, set it back by hand")
     path = a_model(folder, layers)
     only = layers if layers != 16 else None
     model = peers(folder, peer_python, "olmoe", only, ["Q4_K_M"], d2moe.builtin_model() / "tokenizer.json", [])[0]
@@ -266,7 +270,7 @@ def beside(folder: Path, layers: int, rounds: int, tokens: int, out: Path | None
         ranges.flush()
         decode = [*peer, "decode", str(model.file), "--seconds", str(seconds), "--least", str(LEAST)]
         narrow = READ_AHEAD_KIB if knob else None
-        bring = ["--prefetch", ranges.name, "--readers", str(readers)]
+        bring = ["--prefetch", ranges.name, *(["--wait"] if wait else [])]
         settings = []
         for share in limits:
             limit = int(model.file.stat().st_size * share / 100)
@@ -281,26 +285,27 @@ def beside(folder: Path, layers: int, rounds: int, tokens: int, out: Path | None
                     command = ours(path, bits, limit - int(margin * 1e6), seconds)
                     settings.append(Setting(named(bits), command, *at, bits=bits))
         again = experts_again(path, [*peer, "decode", str(model.file)], fed, widths)
-        pace = Pace(sum(1 if one.once else rounds for one in settings))
-        for index in range(rounds):
-            for one in turned(settings, index):
-                if one.once and (one.found or one.routing != routings[0]):
-                    pace.done += not index
-                    continue
-                pace.tell(f"round {index + 1}, {one.limit / 1e9:.2f} GB, {one.routing}, {one.name}")
-                extra = ["--tokens", str(fed[one.routing, index]), "--prompt", str(PROMPT), "--warm", str(WARM)]
-                line = derived(watched(lambda one=one, extra=extra: in_group(one, extra, knob)))
-                one.found.append(line)
-                told = f"{line['tokens_per_s']:.2f} tokens/s over {len(line['spans'])}" if line["spans"] else "KILLED"
-                tell(f"    {told}, peak {line['most_bytes'] / 1e9:.3f} GB, others {line['others']:.0%}")
-    report(settings, again)
-    facts = {"benchmark": "limited", "layers": layers, "file_bytes": model.file.stat().st_size}
-    facts["read_ahead_kib"] = int(knob.read_text()) if knob else None
-    lines = []
-    for one in settings:
-        kept = {"name": one.name, "limit": one.limit, "routing": one.routing, "bits": one.bits, "narrow": one.read_ahead_kib is not None}
-        lines += [facts | kept | {"round": i} | line for i, line in enumerate(one.found)]
-    write(out, [*lines, facts | {"experts_again": again}])
+        pace = Pace(sum(rounds if not one.once else one.routing == routings[0] for one in settings))
+        try:
+            for index in range(rounds):
+                for one in turned(settings, index):
+                    if one.once and (one.found or one.routing != routings[0]):
+                        continue
+                    pace.tell(f"round {index + 1}, {one.limit / 1e9:.2f} GB, {one.routing}, {one.name}")
+                    extra = ["--tokens", str(fed[one.routing, index]), "--prompt", str(PROMPT), "--warm", str(WARM)]
+                    line = derived(watched(lambda one=one, extra=extra: in_group(one, extra, knob)))
+                    one.found.append(line)
+                    told = f"{line['tokens_per_s']:.2f} tokens/s over {len(line['spans'])}" if line["spans"] else "KILLED"
+                    tell(f"    {told}, peak {line['most_bytes'] / 1e9:.3f} GB, others {line['others']:.0%}")
+        finally:  # what was measured before an error or Ctrl-C is not lost
+            report(settings, again)
+            facts = {"benchmark": "limited", "layers": layers, "file_bytes": model.file.stat().st_size}
+            facts["read_ahead_kib"] = int(knob.read_text()) if knob else None
+            lines = [facts | {"experts_again": again}]
+            for one in settings:
+                kept = {"name": one.name, "limit": one.limit, "routing": one.routing, "bits": one.bits, "narrow": bool(one.read_ahead_kib)}
+                lines += [facts | kept | {"round": i} | line for i, line in enumerate(one.found)]
+            write(out, lines)
 
 
 def experts_again(path: Path, peer: list[str], fed: dict[tuple[str, int], Path], widths: tuple[float, ...]) -> dict[str, Any]:
@@ -335,18 +340,19 @@ def report(settings: list[Setting], again: dict[str, Any]) -> None:
             continue
         peak = max(line["most_bytes"] for line in one.found) / 1e9
         rows.append([
-            f"{one.limit / 1e9:.2f}", one.routing, one.name, cell(of("tokens_per_s")), cell(of("read_bytes_per_token"), 0, 1e-6),
-            cell(of("read_bytes_per_s"), 2, 1e-9), cell(of("disk_share"), 0, 100), cell(of("bound_share"), 0, 100),
+            f"{one.limit / 1e9:.2f}", one.routing, one.name, cell(of("tokens_per_s"), around=True),
+            cell(of("read_bytes_per_token"), 0, 1e-6), cell(of("read_bytes_per_s"), 2, 1e-9),
+            cell(of("disk_share"), 0, 100), cell(of("bound_share"), 0, 100),
             cell(of("hit_rate"), 0, 100), cell(of("average_bits")), f"{peak:.3f}", str(killed or ""), cell(of("others"), 0, 100),
         ])  # fmt: skip
         for peer in settings if one.bits is not None else ():
             if peer.bits is None and not peer.once and (peer.limit, peer.routing) == (one.limit, one.routing):
-                values = [r for a, b in zip(one.found, peer.found, strict=True) if (r := ratio(a, b)) is not None]
+                values = [r for a, b in zip(one.found, peer.found, strict=False) if (r := ratio(a, b)) is not None]
                 each = " ".join(f"{v:.2f}" for v in values)
-                compared.append([f"{one.limit / 1e9:.2f}", one.routing, one.name, peer.name, cell(values), each])
+                compared.append([f"{one.limit / 1e9:.2f}", one.routing, one.name, peer.name, cell(values, around=True), each])
     heads = ("limit, GB", "routing", "setting", "tokens/s", "MB/token", "GB/s", "disk, %", "bound, %", "hit, %", "bits", "peak, GB",
-             "killed", "CPU of others, %")  # fmt: skip
-    table_of("median (low to high) of the rounds", heads, rows)
+             "killed", "others, %")  # fmt: skip
+    table_of("medians of the rounds, speed with low and high", heads, rows)
     table_of("ours over llama.cpp, same tokens of one round", ("limit, GB", "routing", "ours", "over", "ratio", "rounds"), compared)
     for routing, engines in again.items():
         told = ", ".join(f"{name} {a:.0%} (chance {b:.0%})" for name, (a, b) in engines.items())
@@ -405,12 +411,12 @@ def curve(folder: Path, layers: int, rounds: int, tokens: int, out: Path | None,
         keys = (("tokens_per_s", 2, 1.0), ("speed_share", 0, 100.0), ("memory_share", 0, 100.0), ("read_bytes_per_token", 0, 1e-6),
                 ("disk_share", 0, 100.0), ("bound_share", 0, 100.0), ("needs_bytes_per_s", 1, 1e-9), ("hit_rate", 0, 100.0),
                 ("others", 0, 100.0))  # fmt: skip
-        figures = [cell([line.get(key) for line in one.found], digits, scale) for key, digits, scale in keys]
+        figures = [cell([line.get(key) for line in one.found], *how, around="speed" in key) for key, *how in keys]
         rows.append([one.routing, one.name, f"{one.limit / everything:.0%}", *figures])
         facts = {"benchmark": "limited curve", "layers": layers, "all_bytes": everything, "name": one.name, "routing": one.routing}
         lines += [facts | {"limit": one.limit, "bits": one.bits, "round": i} | line for i, line in enumerate(one.found)]
     heads = ("routing", "setting", "budget", "tokens/s", "speed, %", "peak, %", "MB/token", "disk, %", "bound, %", "needs, GB/s", "hit, %",
-             "CPU of others, %")  # fmt: skip
+             "others, %")  # fmt: skip
     table_of(f"beside all experts at 4 bits in memory, {everything / 1e9:.2f} GB", heads, rows)
     write(out, lines)
 
@@ -462,7 +468,8 @@ def decode(path: Path, tokens: Path, prompt: int, warm: int, bits: float, memory
             "dense_bits": about["dense_bits"],
             "budget": about["budget"] | {"fixed": engine.budget.fixed},
         }
-    print(json.dumps(line | {"disk_bytes_per_s": storage_bandwidth(container, 4)}))  # of what the engine gave back
+    rates = [storage_bandwidth(container, 4) or 0.0 for _ in range(2)]  # in the memory that the engine gave back
+    print(json.dumps(line | {"disk_bytes_per_s": max(rates)}))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     PEER/bin/python benchmarks/peer_limited.py decode olmoe-Q4_K_M.gguf --tokens tokens.npy --prompt 64 --seconds 12
 
 Runs with the peer's interpreter, which needs `llama-cpp-python`, `gguf`, `numpy` and `click`. Each command prints one JSON line.
-`--prefetch` makes it a rival that knows: as soon as a layer has chosen, the graph waits until the pages of exactly those
-experts are in memory and in the page table, read all at once by several threads. llama.cpp has no such thing of its own.
+`--prefetch` makes it a rival that knows: as soon as a layer has chosen, the kernel is asked for exactly those experts, all of them
+at once, before any is computed. llama.cpp has no such thing of its own. `--wait` has the graph wait until all are in memory and in
+the page table, which was slower: without, what has arrived is computed meanwhile. So was reading them into a buffer.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ Ranges = dict[int, list[tuple[int, int]]]
 
 
 class Prefetch:
-    """Brings the chosen experts into the page cache, then into this process's page table; the graph waits for both."""
+    """Asks for the chosen experts to be read into the page cache; with `wait` also maps them, which waits for them."""
 
-    def __init__(self, path: Path, ranges: Ranges, threads: int):
-        self.ranges, self.seconds = ranges, 0.0
+    def __init__(self, path: Path, ranges: Ranges, threads: int, wait: bool):
+        self.ranges, self.wait, self.seconds = ranges, wait, 0.0
         self.file = os.open(path, os.O_RDONLY)
         self.pool = ThreadPoolExecutor(threads)
         self._libc = ctypes.CDLL(None, use_errno=True)
@@ -56,13 +57,14 @@ class Prefetch:
                 begin = (first + expert * size) // mmap.PAGESIZE * mmap.PAGESIZE
                 jobs.append((begin, first + (expert + 1) * size - begin))
         list(self.pool.map(self._ask, jobs))
-        list(self.pool.map(self._wait, jobs))
+        if self.wait:
+            list(self.pool.map(self._map, jobs))
         self.seconds += time.perf_counter() - start
 
     def _ask(self, job: tuple[int, int]) -> None:
         os.posix_fadvise(self.file, *job, os.POSIX_FADV_WILLNEED)
 
-    def _wait(self, job: tuple[int, int]) -> None:
+    def _map(self, job: tuple[int, int]) -> None:
         if self._libc.madvise(self.address(job[0]), job[1], MADV_POPULATE_READ):
             raise OSError(ctypes.get_errno(), "madvise(MADV_POPULATE_READ); it needs Linux 5.14")
 
@@ -106,10 +108,11 @@ def show_ranges(path: Path) -> None:
 @click.option("--threads", type=click.IntRange(1), default=len(os.sched_getaffinity(0)), show_default=True)
 @click.option("--repack/--no-repack", default=False, show_default=True, help="use_extra_bufts; a copy in memory of what is repacked.")
 @click.option("--prefetch", type=click.Path(path_type=Path, exists=True), help="The JSON that `ranges` printed.")
-@click.option("--readers", type=click.IntRange(1), default=4, show_default=True, help="Threads of --prefetch.")
+@click.option("--readers", type=click.IntRange(1), default=2, show_default=True, help="Threads of --prefetch.")
+@click.option("--wait", is_flag=True, help="Of --prefetch: until everything is there.")
 @click.option("--routing", "with_routing", is_flag=True, help="Only tell how the tokens after the prompt are routed.")
 def decode(path: Path, tokens: Path, prompt: int, warm: int, seconds: float, least: int, threads: int, repack: bool,
-           prefetch: Path | None, readers: int, with_routing: bool) -> None:  # fmt: skip
+           prefetch: Path | None, readers: int, wait: bool, with_routing: bool) -> None:  # fmt: skip
     """Feed a prompt at once and tokens after it one by one to the model PATH."""
     log = Log()
     lib.llama_backend_init()
@@ -120,7 +123,7 @@ def decode(path: Path, tokens: Path, prompt: int, warm: int, seconds: float, lea
         return
     bring: Any = None
     if prefetch is not None:
-        bring = Prefetch(path, {int(k): v for k, v in json.loads(prefetch.read_text()).items()}, readers)
+        bring = Prefetch(path, {int(k): v for k, v in json.loads(prefetch.read_text()).items()}, readers, wait)
     watch = watcher(bring, chosen_of(model)[1]) if bring else None
     with session(model, len(fed), threads, watch=watch) as one:
         prompt_s = one.feed(fed[:prompt])

@@ -134,12 +134,14 @@ def main(folder: Path, layers: int, out: Path | None, rounds: int, shares: tuple
         mine = [line for line in lines if line["share"] == share]
         for name in ("engine", "simulator"):
             of = [line[name] for line in mine]
-            row = [f"{share:g} %", name, cell([o["tokens_per_s"] for o in of]), cell([o["hit_rate"] for o in of[:1]], 1, 100)]
+            row = [f"{share:g} %", name, cell([o["tokens_per_s"] for o in of], around=True), cell([o["hit_rate"] for o in of[:1]], 1, 100)]
             row += [cell([o["bytes_per_token"] for o in of[:1]], 1, 1e-6), *(cell([o["ms"][part] for o in of], 1) for part in PARTS)]
-            row += ["", cell([line["others"] for line in mine], 0, 100)] if name == "engine" else [cell([x["ratio"] for x in mine]), ""]
+            others, ratio = cell([line["others"] for line in mine], 0, 100), cell([line["ratio"] for line in mine], around=True)
+            row += ["", others] if name == "engine" else [ratio, ""]
             rows.append(row)
-    heads = ("slots", "", "tokens/s", "hit, %", "MB/token", *(f"{part}, ms" for part in PARTS), "ratio", "CPU of others, %")
-    table_of(f"median (low to high) of the rounds; {same:.0%} of a token's experts come again, by chance {chance:.0%}", heads, rows)
+    heads = ("slots", "", "tokens/s", "hit, %", "MB/token", *(f"{part}, ms" for part in PARTS), "ratio", "others, %")
+    title = f"medians of the rounds, speed with low and high; {same:.0%} of a token's experts come again, by chance {chance:.0%}"
+    table_of(title, heads, rows)
     write(out, lines)
 
 
