@@ -16,9 +16,9 @@ Its default, with repacking, is run once for each limit to show what becomes of 
 Tokens are "uniform", each its own, or "skewed": repeated ones out of a Zipf vocabulary, so that experts come again as they do in real
 models. The share of experts that come again, beside chance, is printed for both engines. A run stops after `--seconds` or `--tokens`;
 ratios are of one round, over the tokens that both sides of it decoded. Bytes of ours are its own counters', llama.cpp's are those
-of /proc/self/io. "disk" is the rate at which ours read over a plain direct read measured right after it. "bound" is the least time,
-bytes read at that rate or the time not spent waiting, whichever is more, over the time taken. "peak" is the group's, file pages
-included. "others" is the share of all CPUs that went to other programs meanwhile.
+of /proc/self/io. "disk" is the rate at which ours read over that of plain direct reads, measured every second between its tokens,
+whose buffers it leaves room for. "bound" is the least time, bytes read at that rate or the time not spent waiting, whichever is more,
+over the time taken. "peak" is the group's, file pages included. "others" is the share of all CPUs that went to other programs meanwhile.
 
 `curve` is speed and peak resident memory over budgets, in per cent of what the process with all experts at 4 bits takes, without a
 control group. "needs" is the rate a disk must have for 90 % of the speed in memory if all its reads were hidden.
@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import statistics
@@ -66,6 +67,8 @@ LEAST = 6
 FILL = 64
 """Steps of four tokens that read everything where there is room for it."""
 READ_AHEAD_KIB = 128
+DISK_READERS, DISK_S, DISK_EVERY_S = 4, 0.25, 1.0
+"""Readers of the measurement of the disk, how long it takes, and how often it is made."""
 AGAIN = {"uniform": 0.0, "skewed": 0.35}
 """Routings, and the chance that a token is the one before."""
 
@@ -106,6 +109,35 @@ def in_group(one: Setting, extra: list[str], knob: Path | None) -> dict[str, Any
     if done.returncode or not lines:
         raise click.ClickException(f"{' '.join(one.command)} failed with {done.returncode}:\n{done.stderr[-500:]}")
     return {**json.loads(lines[-1]), **over}
+
+
+class Disk:
+    """The disk's rate of plain direct reads, measured between the tokens of a run: that of a shared one moves within seconds."""
+
+    def __init__(self, container: Container):
+        self.container = container
+        self.rates = [self._rate()]
+        self.n_bytes, self.seconds = 0, 0.0
+        """Read so far by the run, and how long plain reads of it would have taken."""
+        self._span, self._part = 0.0, 0
+
+    def _rate(self) -> float:
+        return storage_bandwidth(self.container, 4, DISK_READERS, DISK_S) or math.nan
+
+    def add(self, seconds: float, n_bytes: int, last: bool = False) -> None:
+        """A token took so long and read so much."""
+        self._span, self._part = self._span + seconds, self._part + n_bytes
+        if self._span > DISK_EVERY_S or last:
+            self.rates.append(self._rate())
+            self.n_bytes += self._part
+            self.seconds += self._part / statistics.fmean(self.rates[-2:])
+            self._span, self._part = 0.0, 0
+
+    @property
+    def rate(self) -> float | None:
+        """Bytes per second for what the run read; None where direct reads are refused."""
+        found = self.n_bytes / self.seconds if self.seconds else statistics.fmean(self.rates)
+        return None if math.isnan(found) else found
 
 
 class Pace:
@@ -434,6 +466,7 @@ def decode(path: Path, tokens: Path, prompt: int, warm: int, bits: float, memory
     """One run of ours; 4 bits are one width for all experts, others go through the width router."""
     fed, uniform = np.load(tokens), bits == 4
     budget = {"expert_memory_bytes" if experts_only else "memory_bytes": memory}
+    budget["reserve_bytes"] = DISK_READERS * Container.open(path).record.prefix_bytes(4)
     with Engine.load(path, EngineConfig(bits=bits, uniform=uniform, context=max(256, len(fed)), **budget)) as engine:  # type: ignore[arg-type]
         container, sequence = engine.container, engine.new_sequence()
         if engine.budget.experts >= len(container.moe_layers) * container.experts * container.record.prefix_bytes(4):
@@ -446,12 +479,14 @@ def decode(path: Path, tokens: Path, prompt: int, warm: int, bits: float, memory
         prompt_s = time.perf_counter() - begin
         for token in fed[prompt : prompt + warm]:
             engine.step([Chunk(sequence, [token], bits, "last", uniform)])
-        before, spans = engine.counters.snapshot(), []
-        for token in fed[prompt + warm :]:
-            begin = time.perf_counter()
+        before, spans, disk = engine.counters.snapshot(), [], Disk(container)
+        for left, token in zip(reversed(range(len(fed) - prompt - warm)), fed[prompt + warm :], strict=True):
+            begin, read = time.perf_counter(), engine.counters.read_bytes
             engine.step([Chunk(sequence, [token], bits, "last", uniform)])
             spans.append(time.perf_counter() - begin)
-            if sum(spans) > seconds and len(spans) >= LEAST:
+            enough = not left or (sum(spans) > seconds and len(spans) >= LEAST)
+            disk.add(spans[-1], engine.counters.read_bytes - read, enough)
+            if enough:
                 break
         used, about = engine.counters.snapshot() - before, engine.describe()
         line = {
@@ -467,9 +502,9 @@ def decode(path: Path, tokens: Path, prompt: int, warm: int, bits: float, memory
             "threads": about["threads"],
             "dense_bits": about["dense_bits"],
             "budget": about["budget"] | {"fixed": engine.budget.fixed},
+            "disk_bytes_per_s": disk.rate,
         }
-    rates = [storage_bandwidth(container, 4) or 0.0 for _ in range(2)]  # in the memory that the engine gave back
-    print(json.dumps(line | {"disk_bytes_per_s": max(rates)}))
+    print(json.dumps(line))
 
 
 if __name__ == "__main__":

@@ -6,17 +6,20 @@ The model has OLMoE-1B-7B's shape and random weights; its tokens are stream.py's
 profiled, then a fresh engine with empty slots decodes at each budget, and the simulator replays the trace with the profile of the
 round. Bytes wanted, missing and read must be the same to the last one; the command fails if they are not. Ratios of speed are of one
 round. Where they are off, the parts of a token tell which figure of the profile it is: milliseconds stalled, in the experts'
-arithmetic, deciding, and all else.
+arithmetic, deciding, and all else. "disk of the run" is the simulator with the profile's read rate corrected by how plain reads
+between the engine's tokens compare with plain reads around the profile: a shared disk is not the same one a minute later.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
-from limited import FOLDER, LAYERS, OUT, Pace, a_model, cell, table_of, watched, write
+from limited import FOLDER, LAYERS, OUT, Disk, Pace, a_model, cell, table_of, watched, write
 from stream import text
 
 from d2moe.container import Container
@@ -32,6 +35,7 @@ from d2moe.simulate.simulate import simulate
 
 BITS = 4
 EXACT = ("read_bytes", "wanted_bytes", "missing_bytes", "reads", "plans", "tokens")
+NAMES = ("engine", "simulator", "disk of the run")
 PARTS = ("stall", "experts", "deciding", "else")
 
 
@@ -39,14 +43,18 @@ def config(size: int, **more: Any) -> EngineConfig:
     return EngineConfig(expert_memory_bytes=size, bits=BITS, uniform=True, context=512, **more)
 
 
-def decode(engine: Engine, fed: Any, prompt: int) -> Counters:
-    """Feed a prompt, then token by token; what the latter took."""
+def decode(engine: Engine, fed: Any, prompt: int) -> tuple[Counters, float | None]:
+    """Feed a prompt, then token by token; what the latter took, and the disk's rate meanwhile."""
     sequence = engine.new_sequence()
     engine.step([Chunk(sequence, fed[:prompt], BITS, "last", True)])
-    before = engine.counters.snapshot()
+    begin = before = engine.counters.snapshot()
+    disk = Disk(engine.container)
     for token in fed[prompt:]:
         engine.step([Chunk(sequence, [token], BITS, "last", True)])
-    return engine.counters.snapshot() - before
+        used, before = engine.counters - before, engine.counters.snapshot()
+        disk.add(used.step_seconds, used.read_bytes)
+    disk.add(0.0, 0, last=True)
+    return engine.counters.snapshot() - begin, disk.rate
 
 
 def first_step(trace: Trace) -> Trace:
@@ -97,7 +105,9 @@ def main(folder: Path, layers: int, out: Path | None, rounds: int, shares: tuple
     for index in range(rounds):
         pace.tell(f"round {index + 1}, profile")
         with Engine.load(path, config(everything)) as engine:
+            rates = [Disk(container).rate]
             device = profile(engine, words)
+            rates.append(Disk(container).rate)
         chosen = {k: device.facts["chosen"][k] for k in ("direct", "read_depth")}
         for share in shares:
             pace.tell(f"round {index + 1}, {share:g} %")
@@ -105,11 +115,15 @@ def main(folder: Path, layers: int, out: Path | None, rounds: int, shares: tuple
 
             def measure(size: int = size, found: dict[str, Counters] = found, chosen: dict[str, Any] = chosen) -> dict[str, Any]:
                 with Engine.load(path, config(size, **chosen)) as engine:
-                    found["engine"] = decode(engine, fed, prompt)
-                return {}
+                    found["engine"], rate = decode(engine, fed, prompt)
+                return {"disk_bytes_per_s": rate}
 
             line = watched(measure)
             found["simulator"] = simulated(trace, device, size)
+            if line["disk_bytes_per_s"] and None not in rates:
+                # As far as the disk has become faster or slower since the profile was taken, if all of it shows.
+                now = device.read_bytes_per_s * line["disk_bytes_per_s"] / statistics.fmean(rates)
+                found["disk of the run"] = simulated(trace, replace(device, read_bytes_per_s=now), size)
             for key in EXACT:
                 a, b = (getattr(found[name], key) for name in ("engine", "simulator"))
                 if a != b:
@@ -122,22 +136,21 @@ def main(folder: Path, layers: int, out: Path | None, rounds: int, shares: tuple
                     "bytes_per_token": used.read_bytes / used.tokens,
                     "ms": parts(used),
                 }
-            line["ratio"] = line["simulator"]["tokens_per_s"] / line["engine"]["tokens_per_s"]
+                line[name]["ratio"] = line[name]["tokens_per_s"] / line["engine"]["tokens_per_s"]
             line["device"] = {
                 "read_bytes_per_s": device.read_bytes_per_s, "read_each_s": device.read_each_s, "read_latency_s": device.read_latency_s,
                 "dense_s": device.dense_s, "expert_s": device.expert_s[BITS], "decide_s": device.decide_s, **chosen,
             }  # fmt: skip
             lines.append(line)
-            click.echo(f"    simulator {line['ratio'] - 1:+.1%}, others {line['others']:.0%}", err=True)
+            click.echo(f"    simulator {line['simulator']['ratio'] - 1:+.1%}, others {line['others']:.0%}", err=True)
     rows = []
     for share in shares:
         mine = [line for line in lines if line["share"] == share]
-        for name in ("engine", "simulator"):
+        for name in [name for name in NAMES if name in mine[0]]:
             of = [line[name] for line in mine]
             row = [f"{share:g} %", name, cell([o["tokens_per_s"] for o in of], around=True), cell([o["hit_rate"] for o in of[:1]], 1, 100)]
             row += [cell([o["bytes_per_token"] for o in of[:1]], 1, 1e-6), *(cell([o["ms"][part] for o in of], 1) for part in PARTS)]
-            others, ratio = cell([line["others"] for line in mine], 0, 100), cell([line["ratio"] for line in mine], around=True)
-            row += ["", others] if name == "engine" else [ratio, ""]
+            row += [cell([o["ratio"] for o in of], around=True), cell([line["others"] for line in mine], 0, 100)]
             rows.append(row)
     heads = ("slots", "", "tokens/s", "hit, %", "MB/token", *(f"{part}, ms" for part in PARTS), "ratio", "others, %")
     title = f"medians of the rounds, speed with low and high; {same:.0%} of a token's experts come again, by chance {chance:.0%}"

@@ -212,8 +212,8 @@ def memory_bandwidth(threads: int | None) -> float | None:
     return float(rate) if rate else None
 
 
-def storage_bandwidth(container: Any, bits: int) -> float | None:
-    """Bytes per second of direct reads of random prefixes, READERS at a time; None if direct I/O is refused."""
+def storage_bandwidth(container: Any, bits: int, readers: int = READERS, seconds: float = MEASURE_S) -> float | None:
+    """Bytes per second of direct reads of random prefixes, `readers` at a time; None if direct I/O is refused."""
     size = container.record.prefix_bytes(bits)
     flags = os.O_RDONLY | getattr(os, "O_DIRECT", 0)
     if not hasattr(os, "O_DIRECT"):
@@ -222,7 +222,7 @@ def storage_bandwidth(container: Any, bits: int) -> float | None:
     try:
         for layer in container.moe_layers:
             files[layer] = os.open(container.expert_path(layer), flags)
-        end = time.perf_counter() + MEASURE_S
+        end = time.perf_counter() + seconds
 
         def reader(seed: int) -> int:
             draw, total = random.Random(seed), 0
@@ -233,8 +233,8 @@ def storage_bandwidth(container: Any, bits: int) -> float | None:
             return total
 
         start = time.perf_counter()
-        with ThreadPoolExecutor(READERS) as pool:
-            total = sum(pool.map(reader, range(READERS)))
+        with ThreadPoolExecutor(readers) as pool:
+            total = sum(pool.map(reader, range(readers)))
         return total / (time.perf_counter() - start)
     except OSError:  # a file system without direct I/O says so at open or at the first read
         return None
