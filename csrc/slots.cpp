@@ -26,8 +26,19 @@ Slots::~Slots() {
     if (a->memory) munmap(a->memory, size_t(a->bytes * a->count));
 }
 
+void Slots::use_huge(bool on) {
+  if (on == huge_) return;
+  huge_ = on;
+#if defined(MADV_HUGEPAGE)
+  for (Arena* a : {&base_, &plane_})
+    if (a->count) madvise(a->memory, size_t(a->bytes * a->count), on ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+#endif
+}
+
 bool Slots::cool(Arena& a) {
   if (a.warm.empty()) return false;
+  cooled_ = true;
+  use_huge(false); // or the kernel would fill the gap again
   uint8_t* p = a.warm.back();
   a.warm.pop_back();
   madvise(p, size_t(a.bytes), MADV_DONTNEED);
@@ -41,6 +52,7 @@ void Slots::set_limit(int64_t bytes) {
     throw std::runtime_error("the slots in use hold " + std::to_string(used_bytes()) + " bytes, more than the new limit of " +
                              std::to_string(bytes) + "; evict first");
   limit_ = bytes;
+  use_huge(bytes >= kHugeLimit && !cooled_);
   while (committed_bytes() > limit_ && (cool(plane_) || cool(base_))) {
   }
 }

@@ -1,10 +1,14 @@
 // Slot memory for planes. Two arenas, one of base slots and one of plane slots, each a reserved mapping that is
 // committed slot by slot; a slot that is free stays committed for the next read until the limit asks for its pages.
+// With a limit of kHugeLimit and more they are in huge pages where the system has them, until the first slot is given back: small pages
+// cost bandwidth. Slots are committed in order, so that takes at most a huge page an arena beyond the limit.
 #pragma once
 #include <cstdint>
 #include <vector>
 
 namespace d2moe {
+
+constexpr int64_t kHugeLimit = int64_t(256) << 20;
 
 class Slots {
 public:
@@ -33,11 +37,13 @@ private:
     std::vector<uint8_t*> warm, cold; // free with and without pages behind them
   };
   static void reserve(Arena& a, int64_t bytes, int64_t count);
+  void use_huge(bool on); // for pages that are committed from now on
   uint8_t* take(Arena& a);
   void give(Arena& a, uint8_t* p);
   bool cool(Arena& a); // gives one free slot's pages back
   Arena base_, plane_;
   int64_t limit_ = 0;
+  bool huge_ = false, cooled_ = false;
 };
 
 } // namespace d2moe

@@ -1,6 +1,7 @@
 #include "threads.h"
 #include "layout.h"
 
+#include <algorithm>
 #include <chrono>
 #include <new>
 #include <stdexcept>
@@ -44,10 +45,12 @@ Pool::~Pool() {
 }
 
 void Pool::take(int thread) {
-  for (;;) {
-    const int64_t begin = next_.fetch_add(piece_, std::memory_order_relaxed);
-    if (begin >= n_) return;
-    body_(context_, begin, begin + piece_ < n_ ? begin + piece_ : n_, thread);
+  // Pieces shrink with what is left: few in all, and nobody waits long for the last one.
+  for (int64_t begin = next_.load(std::memory_order_relaxed); begin < n_;) {
+    const int64_t grains = std::max((n_ - begin) / (size() * 3 * grain_), int64_t(1)), end = std::min(n_, begin + grains * grain_);
+    if (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue; // begin is what another thread left
+    body_(context_, begin, end, thread);
+    begin = next_.load(std::memory_order_relaxed);
   }
 }
 
@@ -55,8 +58,7 @@ void Pool::run(int64_t n, int64_t grain, Body body, void* context) {
   body_ = body;
   context_ = context;
   n_ = n;
-  const int64_t even = (n + size() * 12 - 1) / (size() * 12); // pieces small enough that nobody waits long for the last one
-  piece_ = even > grain ? even : grain;
+  grain_ = grain;
   next_.store(0, std::memory_order_relaxed);
   busy_.store(int(workers_.size()), std::memory_order_relaxed);
   epoch_.fetch_add(1); // sequentially consistent with asleep_: either the worker sees the epoch or we see it asleep

@@ -41,7 +41,7 @@ private:
   std::vector<std::thread> workers_;
   Body body_ = nullptr;
   void* context_ = nullptr;
-  int64_t n_ = 0, piece_ = 1;
+  int64_t n_ = 0, grain_ = 1;
   std::atomic<int64_t> next_{0};
   std::atomic<uint64_t> epoch_{0};
   std::atomic<int> busy_{0}, asleep_{0};
