@@ -20,6 +20,7 @@ from d2moe._native import (
     descend,
     draw,
     encode,
+    evict,
     matmul,
     mix,
     pack,
@@ -28,6 +29,7 @@ from d2moe._native import (
     rotate,
     scores,
     tables,
+    value,
     vector_op,
 )
 
@@ -45,6 +47,7 @@ __all__ = [
     "descend",
     "draw",
     "encode",
+    "evict",
     "matmul",
     "mix",
     "pack",
@@ -53,5 +56,6 @@ __all__ = [
     "rotate",
     "scores",
     "tables",
+    "value",
     "vector_op",
 ]

@@ -41,23 +41,30 @@ def plan(ledger: Ledger, layer: int, ids: I32, bits: I32, asked: I32 | None = No
 
     Raises MemoryBudgetError if the limit does not hold even one expert at its width.
     """
-    experts, widths, tokens = demand(ids, bits, ledger.experts)
-    have = ledger.width[layer, experts]
     ledger.touch(layer, ids[None].copy(), (bits if asked is None else asked)[None].copy())
-    if (have >= widths).all():
-        return Plan([Wave(_NOTHING, _NOTHING, experts, 0)], 0)
-    order = np.argsort(-tokens if hottest_first else experts, kind="stable")
+    # Lists from here on: a layer has few items, and while a plan is made nothing is read.
+    width = ledger.width[layer].tolist()
+    items = sorted(_items(ids, bits, ledger.experts), key=(lambda i: -i[2]) if hottest_first else (lambda i: i[0]))
+    missing = [item for item in items if width[item[0]] < item[1]]
     # What is resident comes first: it can be computed while the rest is read.
-    order = order[np.argsort(have[order] < widths[order], kind="stable")]
-    items = [(int(experts[i]), int(widths[i])) for i in order]
-    waves = _waves(ledger, layer, items)
+    order = [(e, w) for e, w, _ in items if width[e] >= w] + [(e, w) for e, w, _ in missing]
+    if not missing:
+        return Plan([Wave(_NOTHING, _NOTHING, np.array([e for e, _ in order], np.int32), 0)], 0)
+    waves = _waves(ledger, layer, order, width)
     # Counted from the reads: an early wave may have to evict what a later one wants.
     return Plan(waves, sum(wave.read_bytes for wave in waves))
 
 
-def _waves(ledger: Ledger, layer: int, items: list[tuple[int, int]]) -> list[Wave]:
-    """Cut the layer into waves that fit: all at once, or pieces of half the limit so that two fit side by side."""
-    cost = {e: int(ledger.prefix_bytes[max(w, int(ledger.width[layer, e]))]) for e, w in items}
+def _items(ids: I32, bits: I32, experts: int) -> list[tuple[int, int, int]]:
+    """`demand` as (expert, bits, tokens)."""
+    if len(ids) == 1:  # a router names an expert once
+        return [(e, w, 1) for e, w in zip(ids[0].tolist(), bits[0].tolist(), strict=True) if w]
+    return list(zip(*(part.tolist() for part in demand(ids, bits, experts)), strict=True))
+
+
+def _waves(ledger: Ledger, layer: int, items: list[tuple[int, int]], width: list[int]) -> list[Wave]:
+    """Cut the layer, whose experts have `width`, into waves that fit: all at once, or pieces of half the limit so that two fit side by side."""
+    cost = {e: ledger.prefix[max(w, width[e])] for e, w in items}
     largest = max(cost.values())
     if largest > ledger.limit_bytes:
         raise MemoryBudgetError(
@@ -89,8 +96,9 @@ def _waves(ledger: Ledger, layer: int, items: list[tuple[int, int]]) -> list[Wav
 
 
 def _wave(ledger: Ledger, layer: int, piece: list[tuple[int, int]], pinned: set[int]) -> Wave | None:
-    reads = [(e, w) for e, w in piece if ledger.width[layer, e] < w]
-    more = sum(int(ledger.prefix_bytes[w] - ledger.prefix_bytes[ledger.width[layer, e]]) for e, w in reads)
+    width = ledger.width[layer].tolist()
+    reads = [(e, w) for e, w in piece if width[e] < w]
+    more = sum(ledger.prefix[w] - ledger.prefix[width[e]] for e, w in reads)
     freed = ledger.make_room(more, layer, pinned)
     if freed is None:
         return None
