@@ -63,7 +63,8 @@ def _items(ids: I32, bits: I32, experts: int) -> list[tuple[int, int, int]]:
 
 
 def _waves(ledger: Ledger, layer: int, items: list[tuple[int, int]], width: list[int]) -> list[Wave]:
-    """Cut the layer, whose experts have `width`, into waves that fit: all at once, or pieces of half the limit so that two fit side by side."""
+    """Cut the layer, whose experts have `width`, into waves that fit: all at once, or pieces of half the limit so that two fit side
+    by side."""
     cost = {e: ledger.prefix[max(w, width[e])] for e, w in items}
     largest = max(cost.values())
     if largest > ledger.limit_bytes:
