@@ -1,32 +1,16 @@
 // One tile of 16 rows at a time, as one vector; as feedback.descend, operation by operation.
 #include "feedback.h"
 
+#include "vectors.h"
+
 #include <cstring>
 #include <vector>
-
-// One version for each width of registers, chosen when the program is loaded; all give the same bits.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
-#define D2MOE_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#pragma GCC diagnostic ignored "-Wpsabi" // vectors are passed to inline functions only
-#else
-#define D2MOE_CLONES
-#endif
 
 namespace d2moe {
 namespace {
 
+static_assert(kLanes == kTileRows);
 constexpr int kHalfBits = 4, kHalves = 1 << kHalfBits; // a code is chosen in two halves of four bits
-
-typedef float Floats __attribute__((vector_size(4 * kTileRows)));  // of the rows of a tile; compilers cut it into registers
-typedef int32_t Ints __attribute__((vector_size(4 * kTileRows)));
-#define D2MOE_INLINE inline __attribute__((always_inline))
-
-D2MOE_INLINE Floats load(const float* p) {
-  Floats v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-D2MOE_INLINE void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
 // For each target what each half code adds to the value; the middle of the cell is in the half with the last bit that counts.
 struct Halves {

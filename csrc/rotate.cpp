@@ -1,29 +1,10 @@
 // Additions and subtractions of pairs only, so that every width of registers gives the same bits.
 #include "rotate.h"
 
-#include <cstring>
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
-#define D2MOE_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#pragma GCC diagnostic ignored "-Wpsabi" // vectors are passed to inline functions only
-#else
-#define D2MOE_CLONES
-#endif
+#include "vectors.h"
 
 namespace d2moe {
 namespace {
-
-constexpr int kLanes = 16;
-typedef float Floats __attribute__((vector_size(4 * kLanes))); // compilers cut it into registers
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-#define D2MOE_INLINE inline __attribute__((always_inline))
-
-D2MOE_INLINE Floats load(const float* p) {
-  Floats v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-D2MOE_INLINE void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
 // The lane whose number differs in the bit kStep changes places with this one.
 template <int kStep> D2MOE_INLINE Floats swapped(Floats v) {

@@ -4,6 +4,7 @@
 //
 //   kernels_test [seed [rounds]]       no seed: D2MOE_SEED, else the clock; it is printed
 #include "../../csrc/kernels.h"
+#include "../../csrc/rotate.h"
 
 #include <algorithm>
 #include <chrono>
@@ -407,6 +408,26 @@ void check_attention(Check& c, Random& r) {
   for (const int64_t n : {int64_t(1), int64_t(kQueries)}) check_mix(c, r, 64, 300, n);
 }
 
+// No slot of a table, but vectors that every compiler cuts in its own way: against sums and differences one by one.
+void check_rotation(Check& c, Random& r) {
+  for (int span = 16; span <= 1024; span *= 2) {
+    const int64_t n = span * r.between(1, 3) + r.between(0, 15);
+    Buffer<float> got(n), wanted(n);
+    for (int64_t i = 0; i < n; ++i) got[i] = wanted[i] = r.spread(-8, 8);
+    rotate(got.data(), n, span);
+    for (int64_t first = 0; first + span <= n; first += span)
+      for (int step = 1; step < span; step *= 2)
+        for (int i = 0; i < span; ++i)
+          if (!(i & step)) {
+            float &a = wanted[first + i], &b = wanted[first + i + step];
+            const float sum = a + b, difference = a - b;
+            a = sum;
+            b = difference;
+          }
+    c.same("rotate", shape_of("n, span, kind", n, span, 0), got, wanted);
+  }
+}
+
 bool check_table(const KernelTable& table, uint64_t seed, int64_t rounds) {
   Check c{table, *kernel_table("scalar"), seed};
   Random r{seed * 0x9E3779B97F4A7C15 | 1}; // the state must not be zero
@@ -416,6 +437,7 @@ bool check_table(const KernelTable& table, uint64_t seed, int64_t rounds) {
     check_quantize(c, r);
     check_small(c, r);
     check_attention(c, r);
+    check_rotation(c, r);
     check_matmul(c, r);
   }
   const double took = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

@@ -133,7 +133,7 @@ def convert(
       d2moe convert ~/models/OLMoE-1B-7B-0924 olmoe.d2moe --calibration wiki.txt --calibration code.txt
       d2moe convert ~/models/OLMoE-1B-7B-0924 olmoe.d2moe --calibration wiki.txt --report olmoe.html
       d2moe convert ~/models/OLMoE-1B-7B-0924 olmoe.d2moe --self-calibration
-      d2moe convert Qwen3-30B-A3B qwen3.d2moe --group 128 --threads 8
+      d2moe convert Qwen3-30B-A3B qwen3.d2moe --group 64 --threads 8
       d2moe convert Qwen3-30B-A3B-Q8_0.gguf qwen3.d2moe
       d2moe convert Llama-3.2-1B llama.d2moe           a dense model: its feed-forward blocks are the experts
     """
@@ -275,6 +275,7 @@ def inspect(
         print_table("squared error of the outputs, of their own squares", table, ("", *(f"{bits} bits" for bits in widths)))
         return
     found = describe(container)
+    rotated = f", down rotated in spans of {found.rotation}" if found.rotation else ""
     if as_json:
         print_json(asdict(found))
         return
@@ -283,7 +284,7 @@ def inspect(
         ("layers with experts", str(len(found.moe_layers))),
         ("experts per layer", str(found.experts)),
         ("experts per token", str(found.experts_per_token or "unknown")),
-        ("expert shape", f"{found.hidden} x {found.inner}, groups of {found.group}"),
+        ("expert shape", f"{found.hidden} x {found.inner}, groups of {found.group}{rotated}"),
         ("weights in experts", f"{found.expert_weights:,}"),
         ("whole file", show_bytes(found.total_bytes)),
     ]

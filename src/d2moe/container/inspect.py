@@ -56,6 +56,7 @@ class Description:
     hidden: int
     inner: int
     group: int
+    rotation: int
     moe_layers: tuple[int, ...]
     experts: int
     experts_per_token: int | None
@@ -115,6 +116,7 @@ def describe(container: Container) -> Description:
         hidden=record.hidden,
         inner=record.inner,
         group=record.group,
+        rotation=record.rotation,
         moe_layers=container.moe_layers,
         experts=container.experts,
         experts_per_token=top_k,
