@@ -104,7 +104,7 @@ def test_logits_agree_with_transformers(case, bits, dense_bits):
         found = fed(engine, tokens, bits)
         if not decisive:
             # The middle token: one in some dozens sits at a near tie and is routed to another expert.
-            assert np.median(per_token(found, expected)) <= 3e-2
+            assert np.median(per_token(found, expected)) <= 4e-2
         # Every shorter prompt, and feeding token by token, gives the same bits, so the bound holds for them, too.
         for n in (1, 2, 33, int(rng.integers(3, 50))):
             assert np.array_equal(fed(engine, tokens[:n], bits), found[:n]), n
