@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import signal
 import statistics
@@ -54,21 +53,15 @@ from versus import run as run_json
 import d2moe
 from d2moe.container import Container, read_router
 from d2moe.convert.synthetic import OLMOE_1B_7B, synthesise
-from d2moe.evaluate.bench import storage_bandwidth
 from d2moe.runtime.config import EngineConfig
 from d2moe.runtime.engine import Engine
-from d2moe.runtime.memory import peak_bytes
 from d2moe.runtime.request import Chunk
 
 HERE = Path(__file__).parent
 PROMPT, WARM = 64, 2
 LEAST = 6
 """Tokens that are measured however long they take."""
-FILL = 64
-"""Steps of four tokens that read everything where there is room for it."""
 READ_AHEAD_KIB = 128
-DISK_READERS, DISK_S, DISK_EVERY_S = 4, 0.25, 1.0
-"""Readers of the measurement of the disk, how long it takes, and how often it is made."""
 AGAIN = {"uniform": 0.0, "skewed": 0.35}
 """Routings, and the chance that a token is the one before."""
 
@@ -109,35 +102,6 @@ def in_group(one: Setting, extra: list[str], knob: Path | None) -> dict[str, Any
     if done.returncode or not lines:
         raise click.ClickException(f"{' '.join(one.command)} failed with {done.returncode}:\n{done.stderr[-500:]}")
     return {**json.loads(lines[-1]), **over}
-
-
-class Disk:
-    """The disk's rate of plain direct reads, measured between the tokens of a run: that of a shared one moves within seconds."""
-
-    def __init__(self, container: Container):
-        self.container = container
-        self.rates = [self._rate()]
-        self.n_bytes, self.seconds = 0, 0.0
-        """Read so far by the run, and how long plain reads of it would have taken."""
-        self._span, self._part = 0.0, 0
-
-    def _rate(self) -> float:
-        return storage_bandwidth(self.container, 4, DISK_READERS, DISK_S) or math.nan
-
-    def add(self, seconds: float, n_bytes: int, last: bool = False) -> None:
-        """A token took so long and read so much."""
-        self._span, self._part = self._span + seconds, self._part + n_bytes
-        if self._span > DISK_EVERY_S or last:
-            self.rates.append(self._rate())
-            self.n_bytes += self._part
-            self.seconds += self._part / statistics.fmean(self.rates[-2:])
-            self._span, self._part = 0.0, 0
-
-    @property
-    def rate(self) -> float | None:
-        """Bytes per second for what the run read; None where direct reads are refused."""
-        found = self.n_bytes / self.seconds if self.seconds else statistics.fmean(self.rates)
-        return None if math.isnan(found) else found
 
 
 class Pace:
@@ -187,8 +151,8 @@ def a_model(folder: Path, layers: int) -> Path:
 
 
 def ours(path: Path, bits: float, memory: int, seconds: float, *more: str) -> list[str]:
-    how = ["--bits", f"{bits:g}", "--memory", str(memory), "--seconds", str(seconds), *more]
-    return [sys.executable, str(HERE / "limited.py"), "decode", str(path), *how]
+    how = ["--bits", f"{bits:g}", "--memory", str(memory), "--seconds", str(seconds), "--least", str(LEAST), *more]
+    return [sys.executable, str(HERE / "own_limited.py"), str(path), *how]
 
 
 def named(bits: float) -> str:
@@ -249,14 +213,21 @@ def table_of(title: str, heads: tuple[str, ...], rows: list[list[str]]) -> None:
     console.print(table)
 
 
-FOLDER = click.option(
-    "--folder", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True, help="For models."
+SHARED = (
+    click.option("--folder", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True, help="For models."),
+    click.option("--layers", type=click.IntRange(1), default=16, show_default=True, help="Fewer, for trying out."),
+    click.option("--rounds", type=click.IntRange(1), default=2, show_default=True),
+    click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Measured at most in a run."),
+    click.option("--out", type=click.Path(path_type=Path), help="Append the JSON lines to this file."),
+    click.option("--routing", "routings", multiple=True, type=click.Choice(list(AGAIN)), default=list(AGAIN), show_default=True),
 )
-LAYERS = click.option("--layers", type=click.IntRange(1), default=16, show_default=True, help="Fewer, for trying out.")
-ROUNDS = click.option("--rounds", type=click.IntRange(1), default=2, show_default=True)
-TOKENS = click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Measured at most in a run.")
-OUT = click.option("--out", type=click.Path(path_type=Path), help="Append the JSON lines to this file.")
-ROUTING = click.option("--routing", "routings", multiple=True, type=click.Choice(list(AGAIN)), default=list(AGAIN), show_default=True)
+
+
+def shared(command: Any) -> Any:
+    """With the options that both commands have."""
+    for option in reversed(SHARED):
+        command = option(command)
+    return command
 
 
 @click.group(help=__doc__)
@@ -265,12 +236,7 @@ def main() -> None:
 
 
 @main.command()
-@FOLDER
-@LAYERS
-@ROUNDS
-@TOKENS
-@OUT
-@ROUTING
+@shared
 @click.option("--peer-python", required=True, help="Interpreter that has llama-cpp-python and gguf.")
 @click.option("--limit", "limits", multiple=True, type=float, default=(50, 35), show_default=True, help="Per cent of the GGUF file.")
 @click.option("--bits", "widths", multiple=True, type=float, default=(4, 3, 2.5), show_default=True)
@@ -392,12 +358,7 @@ def report(settings: list[Setting], again: dict[str, Any]) -> None:
 
 
 @main.command()
-@FOLDER
-@LAYERS
-@ROUNDS
-@TOKENS
-@OUT
-@ROUTING
+@shared
 @click.option("--share", "shares", multiple=True, type=float, default=(30, 40, 47, 60, 75, 90), show_default=True, help="Budgets, %.")
 @click.option("--bits", "widths", multiple=True, type=float, default=(4, 3), show_default=True)
 @click.option("--seconds", default=8.0, show_default=True, help="Measured in a run, unless all tokens take less.")
@@ -451,60 +412,6 @@ def curve(folder: Path, layers: int, rounds: int, tokens: int, out: Path | None,
              "others, %")  # fmt: skip
     table_of(f"beside all experts at 4 bits in memory, {everything / 1e9:.2f} GB", heads, rows)
     write(out, lines)
-
-
-@main.command(hidden=True)
-@click.argument("path", type=click.Path(path_type=Path, exists=True))
-@click.option("--tokens", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--prompt", type=int, required=True)
-@click.option("--warm", type=int, required=True)
-@click.option("--bits", type=float, required=True)
-@click.option("--memory", type=int, required=True)
-@click.option("--experts-only", is_flag=True, help="--memory is for expert slots alone.")
-@click.option("--seconds", type=float, required=True)
-def decode(path: Path, tokens: Path, prompt: int, warm: int, bits: float, memory: int, experts_only: bool, seconds: float) -> None:
-    """One run of ours; 4 bits are one width for all experts, others go through the width router."""
-    fed, uniform = np.load(tokens), bits == 4
-    budget = {"expert_memory_bytes" if experts_only else "memory_bytes": memory}
-    budget["reserve_bytes"] = DISK_READERS * Container.open(path).record.prefix_bytes(4)
-    with Engine.load(path, EngineConfig(bits=bits, uniform=uniform, context=max(256, len(fed)), **budget)) as engine:  # type: ignore[arg-type]
-        container, sequence = engine.container, engine.new_sequence()
-        if engine.budget.experts >= len(container.moe_layers) * container.experts * container.record.prefix_bytes(4):
-            for ids in np.random.default_rng(0).integers(10, 50000, (FILL, 4)):
-                engine.step([Chunk(sequence, ids, bits, "all", uniform)])
-                sequence.free()
-                sequence = engine.new_sequence()
-        begin = time.perf_counter()
-        engine.step([Chunk(sequence, fed[:prompt], bits, "last", uniform)])
-        prompt_s = time.perf_counter() - begin
-        for token in fed[prompt : prompt + warm]:
-            engine.step([Chunk(sequence, [token], bits, "last", uniform)])
-        before, spans, disk = engine.counters.snapshot(), [], Disk(container)
-        for left, token in zip(reversed(range(len(fed) - prompt - warm)), fed[prompt + warm :], strict=True):
-            begin, read = time.perf_counter(), engine.counters.read_bytes
-            engine.step([Chunk(sequence, [token], bits, "last", uniform)])
-            spans.append(time.perf_counter() - begin)
-            enough = not left or (sum(spans) > seconds and len(spans) >= LEAST)
-            disk.add(spans[-1], engine.counters.read_bytes - read, enough)
-            if enough:
-                break
-        used, about = engine.counters.snapshot() - before, engine.describe()
-        line = {
-            "spans": [round(s, 5) for s in spans],
-            "prompt_s": round(prompt_s, 3),
-            "read_bytes": used.read_bytes,
-            "hit_rate": used.hit_rate,
-            "average_bits": used.average_bits,
-            "stall_s": used.stall_seconds,
-            "decide_s": used.decide_seconds,
-            "peak_bytes": peak_bytes(),
-            "direct": about["direct"],
-            "threads": about["threads"],
-            "dense_bits": about["dense_bits"],
-            "budget": about["budget"] | {"fixed": engine.budget.fixed},
-            "disk_bytes_per_s": disk.rate,
-        }
-    print(json.dumps(line))
 
 
 if __name__ == "__main__":

@@ -37,12 +37,12 @@ from quality_model import Model, Text, Weights, is_expert, matrices, read, read_
 from quality_page import page
 from tokenizers import Tokenizer
 
-from d2moe import planes
-from d2moe.container import Container, NestedMatrix
+from d2moe.container import Container
 from d2moe.convert.calibration import Calibration
 from d2moe.convert.pipeline import convert
 from d2moe.convert.route_training import train
 from d2moe.convert.source import open_source
+from d2moe.convert.torch_decoder import matrix
 from d2moe.errors import D2MoeError
 from d2moe.runtime.config import EngineConfig
 from d2moe.runtime.engine import Engine
@@ -256,22 +256,15 @@ WIDER |= {"Q5_K": "Q8_0", "Q6_K": "Q8_0", "Q8_0": "Q8_0"}
 def container_weights(container: Container, like: Weights, bits: int, dense: int) -> Weights:
     """Everything in a container as float32 at the two widths; the floats are the container's own, which it balanced."""
 
-    rotation = container.record.rotation
-
-    def plain(name: str, m: NestedMatrix, width: int, rows: int, cols: int) -> torch.Tensor:
-        codes = planes.untile(planes.unpack(m.base, m.planes))
-        back = planes.dequantize(codes, planes.untile_affine(m.affine), m.row_scale.reshape(-1), width, rows, cols)
-        rotated = rotation and name.endswith("down")
-        return torch.from_numpy(planes.rotate(back, rotation) if rotated else back)
-
+    turn = container.record.rotation_of
     weights: Weights = {}
     for name, w in like.items():
         if is_expert(name):
             layer, part = int(name.split(".")[1]), name.rpartition(".")[2]
             found = [container.read_expert(layer, e, bits)[part] for e in range(container.experts)]
-            weights[name] = torch.stack([plain(part, m, bits, w.shape[1], w.shape[2]) for m in found])
+            weights[name] = torch.stack([matrix(m, bits, w.shape[1], w.shape[2], turn(part)) for m in found])
         elif name in container.nested:
-            weights[name] = plain(name, container.read_nested(name, dense), dense, w.shape[0], w.shape[1])
+            weights[name] = matrix(container.read_nested(name, dense), dense, w.shape[0], w.shape[1], turn(name))
         else:
             weights[name] = torch.from_numpy(np.array(container.read_dense(name)))
     return weights

@@ -43,8 +43,7 @@ def dequantised(path, model, bits, dense_bits):
     shape = shape_from_config(container.config, str(path))
     names = family(shape.model_type).source_names(shape)
     record = container.record
-    rotation = record.rotation
-    shapes = {p: (record.matrix(p).rows, record.matrix(p).cols, rotation if p == "down" else 0) for p in PROJECTIONS}
+    shapes = {p: (record.matrix(p).rows, record.matrix(p).cols, record.rotation_of(p)) for p in PROJECTIONS}
     widths = EngineConfig(bits=bits, dense_bits=dense_bits).dense_widths(own_embedding=container.has("head"))
     state = {k: v.clone() for k, v in model.state_dict().items()}
     for canonical, source in names.dense.items():
@@ -54,7 +53,7 @@ def dequantised(path, model, bits, dense_bits):
         if not source.quantized:  # conversion moves factors between norms and columns
             state[target] = torch.from_numpy(container.read_dense(canonical).copy()).reshape(source.shape)
             continue
-        width, turned = widths.of(canonical), rotation if canonical.endswith("down") else 0
+        width, turned = widths.of(canonical), record.rotation_of(canonical)
         state[target] = matrix(container.read_nested(canonical, width), width, *source.shape, turned)
     for layer in container.moe_layers:
         if names.is_dense:

@@ -116,6 +116,10 @@ class RecordLayout:
         rows, cols = (self.hidden, self.inner) if projection == "down" else (self.inner, self.hidden)
         return MatrixLayout(rows, cols, self.group)
 
+    def rotation_of(self, name: str) -> int:
+        """Span in which the inputs of the matrix of this name are rotated: "down" of a record, "layers.0.mlp.down" of the dense file."""
+        return self.rotation if name.rpartition(".")[2] == "down" else 0
+
     def parts(self, segment: str) -> tuple[Part, ...]:
         """The pieces of `segment` in storage order."""
         kinds = ("codes", "rows", "affine") if segment == "base" else ("codes",)

@@ -114,9 +114,10 @@ class CalibratedJob(Job):
 
     def _met(self, name: str, hessian: F32) -> F32:
         """The Hessian of a matrix's inputs as the engine gives them (`_inward`)."""
-        if not self._rotation or name.rpartition(".")[2] != "down":
+        span = self.writer.record.rotation_of(name)
+        if not span:
             return hessian
-        turned: F32 = native.rotate(np.ascontiguousarray(native.rotate(hessian, self._rotation).T), self._rotation)
+        turned: F32 = native.rotate(np.ascontiguousarray(native.rotate(hessian, span).T), span)
         return turned
 
     def _feedback(self, hessian: F32, kind: str) -> Feedback:

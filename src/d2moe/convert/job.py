@@ -48,7 +48,7 @@ class Job:
 
     def __init__(self, checkpoint: ModelSource, writer: ContainerWriter, group: int, threads: int, progress: Progress):
         self.checkpoint, self.writer, self.progress = checkpoint, writer, progress
-        self._group, self._rotation, self._threads = group, writer.record.rotation, threads
+        self._group, self._threads = group, threads
         shape = checkpoint.shape
         self._expert_weights = 3 * shape.hidden * shape.expert_inner
         experts = shape.experts * len(shape.moe_layers)
@@ -104,10 +104,8 @@ class Job:
 
     def _inward(self, name: str, weights: F32) -> F32:
         """Weights float32 [rows, cols] for inputs as the engine gives them: those of every down come rotated."""
-        if not self._rotation or name.rpartition(".")[2] != "down":
-            return weights
-        turned: F32 = native.rotate(weights, self._rotation) * np.float32(1 / self._rotation)
-        return turned
+        span = self.writer.record.rotation_of(name)
+        return np.asarray(native.rotate(weights, span) * np.float32(1 / span), np.float32) if span else weights
 
     def _nearest(self, name: str, weights: F32) -> NestedMatrix:
         return packed(*native.encode(self._inward(name, weights), self._group, self._threads))

@@ -46,7 +46,6 @@ class TorchDecoder:
         self.container, self.shape = container, shape_from_config(container.config, str(container.path / "config.json"))
         s = self.shape
         self.moe_layers = container.moe_layers
-        self._rotations = {"down": container.record.rotation}
         self._embed = self._dense("embed", s.vocab, s.hidden)
         self._head = self._embed if s.tied_embeddings else self._dense("head", s.vocab, s.hidden)
         self._final_norm = self._vector("final_norm")
@@ -60,7 +59,7 @@ class TorchDecoder:
         self._inverse = torch.tensor(inverse_frequencies(s.rope, s.head_dim), dtype=torch.float32)
 
     def _dense(self, name: str, rows: int, cols: int) -> Tensor:
-        rotation = self._rotations.get(name.rpartition(".")[2], 0)
+        rotation = self.container.record.rotation_of(name)
         return matrix(self.container.read_nested(name, MAX_BITS), MAX_BITS, rows, cols, rotation)
 
     def _vector(self, name: str) -> Tensor:
@@ -124,7 +123,7 @@ class TorchDecoder:
                 record = self._records[index, expert] = self.container.read_expert(index, expert, MAX_BITS)
                 if len(self._records) > self._kept:
                     self._records.popitem(last=False)
-            self._experts[key] = [matrix(record[p], bits, *self._shapes[p], self._rotations.get(p, 0)) for p in PROJECTIONS]
+            self._experts[key] = [matrix(record[p], bits, *self._shapes[p], self.container.record.rotation_of(p)) for p in PROJECTIONS]
             if len(self._experts) > self._kept:
                 self._experts.popitem(last=False)
         return self._experts[key]

@@ -86,7 +86,6 @@ class Engine:
         self.experts = self.new_experts(config.direct, config.read_depth)
         self.experts.set_limit(self.budget.experts)
         self.ledger = Ledger(len(layers), container.experts, record.base_bytes, record.plane_bytes, self.budget.experts)
-        self._prefix_bytes: list[int] = self.ledger.prefix_bytes.tolist()
         self.counters = Counters()
         self._learn = Trace.load(config.learn) if config.learn else None
         self.policy = policy.make(config.policy, self.ledger, shape.top_k, learn=self._learn)
@@ -254,7 +253,7 @@ class Engine:
         counters = self.counters
         counters.read_bytes, counters.reads, stall, compute, _ = self.experts.counters
         wanted = self.decoder.program.wanted
-        counters.wanted_bytes = sum(map(mul, wanted, self._prefix_bytes))
+        counters.wanted_bytes = sum(map(mul, wanted, self.ledger.prefix))
         planes = [*accumulate(reversed(wanted))][::-1]  # who wants a plane wants all lower ones
         counters.planes_wanted = (0,) * BASE_BITS + tuple(planes[BASE_BITS:])
         counters.stall_seconds, counters.compute_seconds = stall / 1e9, compute / 1e9
