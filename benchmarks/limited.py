@@ -237,7 +237,9 @@ def main() -> None:
 
 @main.command()
 @shared
-@click.option("--peer-python", required=True, help="Interpreter that has llama-cpp-python and gguf.")
+@click.option(
+    "--peer-python", required=True, type=click.Path(exists=True, dir_okay=False), help="Interpreter that has llama-cpp-python and gguf."
+)
 @click.option("--limit", "limits", multiple=True, type=float, default=(50, 35), show_default=True, help="Per cent of the GGUF file.")
 @click.option("--bits", "widths", multiple=True, type=float, default=(4, 3, 2.5), show_default=True)
 @click.option("--seconds", default=12.0, show_default=True, help="Measured in a run, unless all tokens take less.")

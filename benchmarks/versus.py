@@ -231,7 +231,9 @@ def words(_: click.Context, __: click.Parameter, value: str) -> list[str]:
 @click.option(
     "--folder", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True, help="For models."
 )
-@click.option("--peer-python", required=True, help="Interpreter that has llama-cpp-python and gguf.")
+@click.option(
+    "--peer-python", required=True, type=click.Path(exists=True, dir_okay=False), help="Interpreter that has llama-cpp-python and gguf."
+)
 @click.option("--shape", type=click.Choice(["olmoe", "qwen3-30b"]), default="olmoe", show_default=True)
 @click.option("--ours", "container", type=click.Path(path_type=Path, exists=True), help="Our model of that shape.")
 @click.option("--layers", type=click.IntRange(1), help="Fewer layers, for trying out.")
