@@ -5,6 +5,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -434,7 +435,8 @@ NB_MODULE(_native, m) {
       .def_prop_ro("held", [](const PyProgram& p) { return p.program.held(); })
       .def_prop_ro("gates", [](const PyProgram& p) { return p.copied(p.program.gates(), p.program.waiting(), p.program.shape().top_k); }, nb::rv_policy::automatic)
       .def("abandon", [](PyProgram& p) { p.program.abandon(); }, nb::call_guard<nb::gil_scoped_release>())
-      .def_prop_ro("wanted", [](const PyProgram& p) { return p.program.wanted(); })
+      .def_prop_ro("planes_wanted", [](const PyProgram& p) { return p.program.planes_wanted(); })
+      .def_prop_ro("used", [](const PyProgram& p) { return p.program.used(); })
       .def_prop_ro("taken", [](const PyProgram& p) { return p.program.taken(); })
       .def_prop_ro("busy_ns", [](const PyProgram& p) { return p.program.busy_ns(); });
 }

@@ -382,9 +382,15 @@ nb::object vector_op(const std::string& table, const std::string& op, nb::object
   return answer(y, 0.0f);
 }
 
+std::atomic<int64_t> drawing_ns{0};
+
 int64_t draw_token(In<float> logits, double temperature, int64_t top_k, double top_p, double min_p, double uniform) {
   expect(logits.ndim() == 1 && logits.size() > 0, "logits is float32 [vocab]");
-  return draw(*best_kernel_table(), logits.data(), int64_t(logits.size()), {temperature, top_k, top_p, min_p}, uniform);
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point begin = Clock::now();
+  const int64_t token = draw(*best_kernel_table(), logits.data(), int64_t(logits.size()), {temperature, top_k, top_p, min_p}, uniform);
+  drawing_ns += std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin).count();
+  return token;
 }
 
 // Bytes per second that `threads` threads read, each over and over its own part of n_bytes, for `seconds` or one pass.
@@ -443,6 +449,7 @@ void bind_kernels(nb::module_& m) {
         "out float32 [n, head_dim] plus values weighed by p (kernels.h, mix_f16 and mix_q8).");
   m.def("vector_op", &vector_op, "table"_a, "op"_a, "a"_a, "b"_a = nb::none(), "offset"_a = 0.0f,
         "One of the small slots of a kernel table on copies of a and b: (array or None, number).");
+  m.def("drawing_ns", [] { return drawing_ns.load(); }, "Nanoseconds that this process spent in `draw` so far.");
   m.def("draw", &draw_token, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "uniform"_a,
         "The token that `uniform` of [0, 1) draws from logits float32 [vocab], as sampling.candidates defines it; -1 if they are not finite.");
   m.def("read_bandwidth", &read_bandwidth, "n_bytes"_a, "threads"_a, "seconds"_a, "table"_a = nb::none(),

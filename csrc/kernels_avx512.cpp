@@ -7,7 +7,9 @@ namespace {
 // ---- attention -----------------------------------------------------------------------------------------------------
 
 inline __mmask16 first(int64_t n) { return n >= 16 ? __mmask16(0xFFFF) : __mmask16((1u << n) - 1); }
-inline __m512 halves(const uint16_t* p, __mmask16 k) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(k, p)); }
+inline __m512 halves(const uint16_t* p, __mmask16 k) {
+  return _mm512_cvtph_ps(k == 0xFFFF ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)) : _mm256_maskz_loadu_epi16(k, p));
+}
 inline __m512 signed_bytes(const int8_t* p, __mmask16 k) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(k, p)));
 }
@@ -87,21 +89,20 @@ void scores_q8(const uint8_t* keys, const float* key_scale, int64_t tiles, int64
   });
 }
 
-// N queries and up to 16 R elements of the head, whose sums stay in registers. value(j, d, mask) are 16 floats, weight(i, j)
-// what query i gives to key j.
-template <int N, int R, class V, class W>
-inline __attribute__((always_inline)) void mix_of(int64_t count, int64_t head_dim, int64_t i0, int64_t d0, const Rows& out, V&& value, W&& weight) {
-  __mmask16 mask[R];
+// N queries and 16 R elements of the head, the last `rest` of them in a register of their own, whose sums stay in registers.
+// value(j, d, mask) are 16 floats, weight(i, j) what query i gives to key j.
+template <int N, int R, bool Whole, class V, class W>
+inline __attribute__((always_inline)) void mix_of(int64_t count, int64_t i0, int64_t d0, __mmask16 some, const Rows& out, V&& value, W&& weight) {
+  const __mmask16 mask = Whole ? __mmask16(0xFFFF) : some;
   __m512 acc[N][R];
-  unrolled<R>([&](auto r) { mask[r.value] = d0 + 16 * r.value < head_dim ? first(head_dim - d0 - 16 * r.value) : __mmask16(0); });
   float* y = out.data + i0 * out.stride + d0;
   unrolled<N * R>([&](auto k) {
     constexpr int I = decltype(k)::value / R, E = decltype(k)::value % R;
-    acc[I][E] = _mm512_maskz_loadu_ps(mask[E], y + I * out.stride + 16 * E);
+    acc[I][E] = _mm512_maskz_loadu_ps(mask, y + I * out.stride + 16 * E);
   });
   for (int64_t j = 0; j < count; ++j) {
     __m512 v[R];
-    unrolled<R>([&](auto r) { v[r.value] = value(j, d0 + 16 * r.value, mask[r.value]); });
+    unrolled<R>([&](auto r) { v[r.value] = value(j, d0 + 16 * r.value, mask); });
     unrolled<N>([&](auto i) __attribute__((always_inline)) {
       constexpr int I = decltype(i)::value;
       const __m512 p = _mm512_set1_ps(weight(i0 + I, j));
@@ -110,7 +111,7 @@ inline __attribute__((always_inline)) void mix_of(int64_t count, int64_t head_di
   }
   unrolled<N * R>([&](auto k) {
     constexpr int I = decltype(k)::value / R, E = decltype(k)::value % R;
-    _mm512_mask_storeu_ps(y + I * out.stride + 16 * E, mask[E], acc[I][E]);
+    _mm512_mask_storeu_ps(y + I * out.stride + 16 * E, mask, acc[I][E]);
   });
 }
 
@@ -118,8 +119,11 @@ template <class V, class W> inline void mix(int64_t count, int64_t head_dim, int
   int64_t i = 0;
   const auto take = [&](auto queries, auto registers) {
     constexpr int N = decltype(queries)::value, R = decltype(registers)::value;
-    for (; i + N <= n; i += N)
-      for (int64_t d = 0; d < head_dim; d += 16 * R) mix_of<N, R>(count, head_dim, i, d, out, value, weight);
+    for (; i + N <= n; i += N) {
+      int64_t d = 0;
+      for (; d + 16 * R <= head_dim; d += 16 * R) mix_of<N, R, true>(count, i, d, 0, out, value, weight);
+      for (; d < head_dim; d += 16) mix_of<N, 1, false>(count, i, d, first(head_dim - d), out, value, weight);
+    }
   };
   take(Index<8>{}, Index<2>{});
   take(Index<4>{}, Index<4>{});

@@ -131,7 +131,24 @@ int64_t Program::run() {
   }
   if (tokens_) project(rt_, final_norm_, eps_, head_, tokens_, x, logits_);
   tokens_ = 0;
+  for (const WidthCounts& counts : taken_)
+    for (size_t b = 0; b < counts.size(); ++b) used_[b] += counts[b];
   return -1;
+}
+
+std::vector<std::pair<int64_t, int64_t>> Program::taken() const {
+  std::vector<std::pair<int64_t, int64_t>> sums;
+  for (const WidthCounts& counts : taken_) {
+    auto& [uses, bits] = sums.emplace_back(0, 0);
+    for (size_t b = 0; b < counts.size(); ++b) uses += counts[b], bits += counts[b] * int64_t(b);
+  }
+  return sums;
+}
+
+WidthCounts Program::planes_wanted() const {
+  WidthCounts planes{};
+  for (size_t b = kMaxBits; b >= kBaseBits; --b) planes[b] = wanted_[b] + (b < kMaxBits ? planes[b + 1] : 0); // who wants a plane wants all lower ones
+  return planes;
 }
 
 void Program::note(int64_t moe_index) {

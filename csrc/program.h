@@ -58,10 +58,13 @@ public:
   };
   std::vector<Note> take_notes(); // all since the last call
   int64_t busy_ns() const { return busy_ns_; } // time spent in the calls above
-  // Of each sequence of the step (token, expert) pairs by their width.
-  const std::vector<WidthCounts>& taken() const { return taken_; }
-  // Experts that layer calls wanted so far, by the widest width that any token asked of them.
-  const WidthCounts& wanted() const { return wanted_; }
+  // Of each sequence of the step that ended last: (token, expert) pairs, and the sum of their widths.
+  std::vector<std::pair<int64_t, int64_t>> taken() const;
+  // (token, expert) pairs of all steps that came to their end, by their width.
+  const WidthCounts& used() const { return used_; }
+  // Planes that layer calls wanted so far of their experts, by the width that each makes (2 is the base): an expert's are those up to
+  // the widest width that any token asked of it.
+  WidthCounts planes_wanted() const;
   const ProgramShape& shape() const { return shape_; }
 
 private:
@@ -108,8 +111,8 @@ private:
   size_t next_ = 0;     // the layer that comes next
   bool routed_ = false; // its attention and router have run, its experts have not
   int64_t busy_ns_ = 0;
-  WidthCounts wanted_{};
-  std::vector<WidthCounts> taken_;
+  WidthCounts wanted_{}, used_{}; // wanted: experts by the widest width
+  std::vector<WidthCounts> taken_; // of each sequence of the step
 };
 
 } // namespace d2moe

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from experts import padded_experts
+from experts import fast_experts, prepare_cpu
 from text import batch, tokens_of
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import OlmoeConfig, OlmoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-ALL_EXPERTS_FUNCTIONS.register("padded", padded_experts)
+ALL_EXPERTS_FUNCTIONS.register("fast", fast_experts)
 
 
 def model_of(args: argparse.Namespace, vocabulary: int) -> OlmoeForCausalLM:
@@ -42,7 +42,7 @@ def model_of(args: argparse.Namespace, vocabulary: int) -> OlmoeForCausalLM:
         pad_token_id=None,
         use_cache=False,
     )
-    config._experts_implementation = "padded"
+    config._experts_implementation = "fast"
     model = OlmoeForCausalLM(config)
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(0.5)
@@ -272,6 +272,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 def main(given: list[str] | None = None) -> int:
     args = arguments(given)
+    prepare_cpu()
     run, stop = Run(args), Stop()
     train(run, stop)
     if run.progress < 1:

@@ -1,11 +1,13 @@
 """Speed of one request, and how far it is from what the machine could do.
 
-Each repeat feeds a prompt of running text to an empty sequence and generates greedily past end tokens. The first
-repeat starts with empty expert slots; speeds are medians over all repeats. Peak memory is read before the bandwidths
-are measured, because those need buffers of their own.
+Each repeat feeds a prompt of running text to an empty sequence and generates past end tokens. The first
+repeat starts with empty expert slots; speeds are medians over all repeats. The bandwidths' own buffers do not count as peak
+memory.
 
 `roofline` is the least time a token could take over the time it took: the larger of (bytes of weights and cache a token
-must touch / measured memory bandwidth) and (bytes it read from storage / measured storage bandwidth). 1 is perfect.
+must touch / measured memory bandwidth) and (bytes it read from storage / measured storage bandwidth). 1 is perfect. A virtual
+machine's bandwidths move within seconds, so they are measured after every repeat; a repeat's are the means of those before and after
+it, and the roofline is the median over repeats.
 """
 
 from __future__ import annotations
@@ -25,14 +27,14 @@ from typing import Any
 from d2moe.errors import ConfigError, RequestError
 from d2moe.runtime.generate import Model
 from d2moe.runtime.kv import BLOCK_TOKENS
-from d2moe.runtime.memory import available_bytes, kv_bytes, peak_bytes, usable_cpus
+from d2moe.runtime.memory import available_bytes, kv_bytes, peak_bytes, resident_bytes, usable_cpus
 from d2moe.runtime.request import Progress
 from d2moe.runtime.sampling import SamplingParams
 from d2moe.types import BASE_BITS
 
 READERS = 16
 """Reads in flight while storage is measured."""
-MEASURE_S = 0.7
+MEASURE_S = 0.4
 """About how long each bandwidth is measured."""
 TEXT = (
     "Once upon a time there was a small lighthouse on a rock in the northern sea. Every evening the keeper climbed the "
@@ -98,6 +100,7 @@ def bench(
     counts = explain and hasattr(runtime, "count_products")
     if counts:
         runtime.count_products(True)
+    peak, rates = 0, list[Rates]()
     for n in range(repeats):
         # Another prompt order and another seed each time: the same text again would find its own experts in memory.
         params = SamplingParams(max_tokens=generate, ignore_eos=True, bits=width, temperature=1.0, top_k=40, seed=n)
@@ -107,10 +110,11 @@ def bench(
                 runs.append(run)
             elif progress is not None:
                 progress(n * generate + run, repeats * generate)
+        peak = max(peak, resident_bytes() if rates else peak_bytes())
+        rates.append(_rates(model, width))
     products = [list(p) for p in runtime.products] if counts else None
     if counts:
         runtime.count_products(False)
-    peak = peak_bytes()  # before the bandwidths, whose buffers are not the engine's
     used = [run.decode for run in runs]
     busy = [run.busy_s for run in runs]
     tokens = sum(run.tokens for run in runs)
@@ -138,7 +142,7 @@ def bench(
         "stall_share": sum(c.stall_seconds for c in used) / seconds,
         "decide_share": sum(c.decide_seconds for c in used) / seconds,
         "python_share": None if None in busy else 1 - sum(b for b in busy if b) / seconds,
-        **_limits(model, sum(c.use_bits for c in used) / max(1, sum(c.uses for c in used)), len(prompt) + generate / 2, read, token_s),
+        **_limits(model, runs, rates, len(prompt) + generate / 2),
         "kernels": about.get("kernels"),
         "threads": about.get("threads"),
         "dense_bits": about.get("dense_bits"),
@@ -150,22 +154,39 @@ def bench(
     }
 
 
-def _limits(model: Model, bits: float, position: float, read: float, token_s: float) -> dict[str, Any]:
+Rates = tuple[float | None, float | None]
+"""Bytes per second of memory and of storage; None where it cannot be measured."""
+
+
+def _rates(model: Model, bits: float) -> Rates:
+    container = getattr(model.engine, "container", None)
+    if container is None:
+        return None, None
+    return memory_bandwidth(model.engine.describe()["threads"]), storage_bandwidth(container, math.ceil(bits))
+
+
+def _limits(model: Model, runs: Sequence[_Run], rates: Sequence[Rates], position: float) -> dict[str, Any]:
     """The roofline and what it is made of; None where a bandwidth cannot be measured."""
     container = getattr(model.engine, "container", None)
     if container is None:
         return {"roofline": None, "tier": None}
-    about = model.engine.describe()
-    touched = touched_bytes(model, bits, position)
-    memory_rate = memory_bandwidth(about["threads"])
-    storage_rate = storage_bandwidth(container, math.ceil(bits))
-    least = [n_bytes / rate for n_bytes, rate in ((touched, memory_rate), (read, storage_rate)) if rate]
+    touched, shares, means = 0, [], []
+    for run, before, after in zip(runs, [rates[0], *rates], rates, strict=False):
+        touched = touched_bytes(model, run.decode.average_bits, position)
+        memory_rate, storage_rate = (None if a is None or b is None else (a + b) / 2 for a, b in zip(before, after, strict=True))
+        means.append((memory_rate, storage_rate))
+        asked = ((touched, memory_rate), (run.decode.read_bytes / run.tokens, storage_rate))
+        least = [n_bytes / rate for n_bytes, rate in asked if rate]
+        if least:
+            shares.append(max(least) / (run.decode_s / run.tokens))
+    memory_rates, storage_rates = ([rate for rate in kind if rate] for kind in zip(*means, strict=True))
     return {
-        "roofline": max(least) / token_s if least else None,
+        "roofline": statistics.median(shares) if shares else None,
+        "rooflines": shares,
         "touched_bytes_per_token": touched,
-        "memory_bandwidth_bytes_per_s": memory_rate,
-        "storage_bandwidth_bytes_per_s": storage_rate,
-        "tier": tier(container.path, bool(about["direct"])),
+        "memory_bandwidth_bytes_per_s": statistics.median(memory_rates) if memory_rates else None,
+        "storage_bandwidth_bytes_per_s": statistics.median(storage_rates) if storage_rates else None,
+        "tier": tier(container.path, bool(model.engine.describe()["direct"])),
     }
 
 
@@ -184,9 +205,14 @@ def _repeat(model: Model, prompt: Sequence[int], params: SamplingParams) -> Iter
 
 
 def _busy_ns(model: Model) -> int | None:
-    """Nanoseconds that the compiled core has spent on steps so far."""
+    """Nanoseconds that the compiled core has spent on steps and on drawing tokens so far."""
     decoder = getattr(model.engine, "decoder", None)
-    return None if decoder is None else decoder.program.busy_ns
+    spent = None if decoder is None else decoder.program.busy_ns
+    if spent is None:
+        return None
+    from d2moe.kernels.native import drawing_ns
+
+    return int(spent + drawing_ns())
 
 
 def touched_bytes(model: Model, bits: float, position: float) -> int:

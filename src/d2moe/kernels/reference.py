@@ -196,7 +196,7 @@ class Program:
         self.dials: tuple[I32, I32, F32] = (facts["least"], facts["most"], facts["price"])
         self.layers: list[tuple[Attention, Router | None, FeedForward | None, WidthRouter | None, int]] = []
         self.next, self.routed = 0, False
-        self._wanted = np.zeros(MAX_BITS + 1, np.int64)
+        self._wanted, self._used = (np.zeros(MAX_BITS + 1, np.int64) for _ in range(2))
         self.when, self.held = "missing", False
         self.notes: list[tuple[int, I32, I32]] = []
 
@@ -255,6 +255,7 @@ class Program:
             self.next, self.routed = self.next + 1, False
         if len(self.out):
             self.out[:] = self.head.multiply(self.runtime, rms_norm(self.x, self.norm, self.eps))
+        self._used += self._taken.sum(0)
         return -1
 
     def widest(self, moe: int) -> I32:
@@ -270,14 +271,18 @@ class Program:
         return np.bincount(widest[widest > 0], minlength=MAX_BITS + 1)
 
     @property
-    def wanted(self) -> list[int]:
-        found: list[int] = self._wanted.tolist()
+    def planes_wanted(self) -> list[int]:
+        planes: list[int] = self._wanted[::-1].cumsum()[::-1].tolist()  # who wants a plane wants all lower ones
+        return [0] * BASE_BITS + planes[BASE_BITS:]
+
+    @property
+    def used(self) -> list[int]:
+        found: list[int] = self._used.tolist()
         return found
 
     @property
-    def taken(self) -> list[list[int]]:
-        found: list[list[int]] = self._taken.tolist()
-        return found
+    def taken(self) -> list[tuple[int, int]]:
+        return [(sum(counts), sum(b * n for b, n in enumerate(counts))) for counts in self._taken.tolist()]
 
     def pause(self, when: str) -> None:
         self.when = when

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import accumulate
-from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from d2moe.runtime import memory
 from d2moe.runtime.config import EngineConfig, show_bytes
 from d2moe.runtime.kv import BLOCK_TOKENS, Pages, Sequence
 from d2moe.runtime.request import Chunk
-from d2moe.runtime.streamer import Counters, Streamer, plus
+from d2moe.runtime.streamer import Counters, Streamer
 from d2moe.runtime.timeline import Timeline
 from d2moe.types import BASE_BITS, MAX_BITS, check_dial
 
@@ -252,10 +250,10 @@ class Engine:
             raise
         counters = self.counters
         counters.read_bytes, counters.reads, stall, compute, _ = self.experts.counters
-        wanted = self.decoder.program.wanted
-        counters.wanted_bytes = sum(map(mul, wanted, self.ledger.prefix))
-        planes = [*accumulate(reversed(wanted))][::-1]  # who wants a plane wants all lower ones
-        counters.planes_wanted = (0,) * BASE_BITS + tuple(planes[BASE_BITS:])
+        program, (base, more) = self.decoder.program, self.ledger.prefix[BASE_BITS : BASE_BITS + 2]
+        counters.planes_wanted = planes = tuple(program.planes_wanted)
+        counters.wanted_bytes = planes[BASE_BITS] * base + sum(planes[BASE_BITS + 1 :]) * (more - base)
+        counters.width_uses = tuple(program.used)
         counters.stall_seconds, counters.compute_seconds = stall / 1e9, compute / 1e9
         counters.steps += 1
         counters.step_seconds += time.perf_counter() - begin
@@ -307,15 +305,15 @@ class Engine:
         return self.ledger.heat()
 
     def _count(self, items: list[tuple[Chunk, npt.NDArray[np.int32], str]]) -> None:
-        """The widths that each chunk's tokens took."""
+        """What each chunk's tokens took."""
         c = self.counters
-        for (chunk, tokens, _), taken in zip(items, self.decoder.program.taken, strict=True):
-            c.width_uses = plus(c.width_uses, taken)
-            uses, bits = sum(taken), sum(map(mul, taken, range(MAX_BITS + 1)))
-            for counts in (c, chunk.sequence):
-                counts.uses += uses
-                counts.use_bits += bits
-            chunk.sequence.length += len(tokens)
+        for (chunk, tokens, _), (uses, bits) in zip(items, self.decoder.program.taken, strict=True):
+            sequence = chunk.sequence
+            c.uses += uses
+            c.use_bits += bits
+            sequence.uses += uses
+            sequence.use_bits += bits
+            sequence.length += len(tokens)
             c.tokens += len(tokens)
 
     def describe(self) -> dict[str, Any]:
