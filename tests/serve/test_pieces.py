@@ -182,6 +182,16 @@ def test_a_grammar_allows_what_it_says_and_ends() -> None:
             grammars.make(kind, source)  # type: ignore[arg-type]
 
 
+def test_an_end_token_that_the_tokenizer_does_not_have_is_left_out() -> None:
+    tokenizer = Tokenizer.load(d2moe.builtin_model())
+    grammar = Grammars(tokenizer, 6000, [0, 5000]).make("regex", "a")
+    for token in tokenizer.encode("a", add_special=False):
+        grammar.advance(token)
+    assert set(np.flatnonzero(grammar.allowed())) == {0}
+    with pytest.raises(RequestError, match="no token that ends an answer"):
+        Grammars(tokenizer, 6000, [5000])
+
+
 DEMANDED = {
     "qwen": (
         '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>',

@@ -20,8 +20,9 @@ from d2moe.container.inspect import measured_losses
 from d2moe.convert.calibration import Calibration
 from d2moe.convert.float_model import float_nll, unread_windows
 from d2moe.convert.source import open_source
+from d2moe.errors import ConfigError
 from d2moe.evaluate.perplexity import perplexity
-from d2moe.evaluate.report import WEIGHT_WIDTHS, WIDTHS
+from d2moe.evaluate.report import WEIGHT_WIDTHS, WIDTHS, windows_of
 from d2moe.runtime.config import EngineConfig
 from d2moe.runtime.engine import Engine
 from d2moe.runtime.tokenizer import Tokenizer
@@ -193,6 +194,14 @@ def test_markdown_has_its_pictures_beside_it(tmp_path: Path) -> None:
     cells = [len(re.findall(r"(?<!\\)\|", line)) for line in shown.splitlines() if line.startswith("|")]
     assert sorted(set(cells)) == [4, 8, 9]  # worst, layers, widths: every row as wide as its head
     assert "{" not in shown
+
+
+def test_a_short_text_is_one_window() -> None:
+    assert windows_of(range(5), 256, 4).tolist() == [[0, 1, 2, 3, 4]]
+    assert windows_of(range(9), 4, 4).tolist() == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]]
+    assert windows_of(range(20), 4, 1).tolist() == [[0, 1, 2, 3, 4]]
+    with pytest.raises(ConfigError, match="at least 2"):
+        windows_of([7], 256, 4)
 
 
 @pytest.mark.parametrize(

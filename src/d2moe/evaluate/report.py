@@ -131,13 +131,15 @@ def _weight_errors(matrix: NestedMatrix) -> F64:
 
 
 def windows_of(tokens: Sequence[int], length: int, most: int) -> I32:
-    """The first windows of a text, int32 [windows, length + 1]: those of `d2moe eval perplexity`, without a short last one.
+    """The first windows of a text, int32 [windows, length + 1]: those of `d2moe eval perplexity`, without a short last one. A text shorter
+    than one window is one by itself.
 
-    ConfigError if the text has none.
+    ConfigError if the text has fewer than two tokens.
     """
+    length = min(length, len(tokens) - 1)
+    if length < 1:
+        raise ConfigError(f"the text has {len(tokens)} token, perplexity needs at least 2; give a longer text")
     count = min((len(tokens) - 1) // length, most)
-    if count < 1:
-        raise ConfigError(f"the text has {len(tokens)} tokens, perplexity needs at least {length + 1}; give a longer text")
     return np.array([tokens[i * length : (i + 1) * length + 1] for i in range(count)], np.int32)
 
 

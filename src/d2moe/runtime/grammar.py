@@ -23,9 +23,10 @@ JSON_SPACE = r"( |\n {0,40})"
 
 
 class Grammars:
-    """Makes grammars for one model. `vocab` is the number of logits, `eos_ids` the tokens that end an answer.
+    """Makes grammars for one model. `vocab` is the number of logits, `eos_ids` the tokens that end an answer; those that the
+    tokenizer does not have are left out.
 
-    Raises ImportError if llguidance is not installed. Building takes some 20 ms per 4,000 tokens of the vocabulary.
+    Raises RequestError if none is left, and ImportError if llguidance is not installed. Building takes some 20 ms per 4,000 tokens of the vocabulary.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab: int, eos_ids: Collection[int]):
@@ -33,9 +34,10 @@ class Grammars:
 
         self._library: Any = llguidance
         self._vocab = vocab
-        if not eos_ids:
+        ends = sorted(i for i in eos_ids if i < tokenizer.backend.get_vocab_size())
+        if not ends:
             raise RequestError(f"{tokenizer.where} has no token that ends an answer, and a grammar must be able to end")
-        self._tokenizer = llguidance.LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocab, eos_token=sorted(eos_ids))
+        self._tokenizer = llguidance.LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocab, eos_token=ends)
 
     def make(self, kind: Kind, source: Any) -> Grammar:
         """A grammar at its beginning; `source` is a schema (dict or bool), or text. RequestError if it is not one."""

@@ -49,10 +49,8 @@ def load_service(
         except RequestError as error:
             raise ContainerError(f"the chat template given does not take a plain message: {error}") from None
     grammars = None
-    ends = end_tokens(shape, container.generation_config, tokenizer)
-    if ends:
-        with contextlib.suppress(ImportError):  # requests that need one are told
-            grammars = Grammars(tokenizer, shape.vocab, ends)
+    with contextlib.suppress(ImportError, RequestError):  # requests that need one are told
+        grammars = Grammars(tokenizer, shape.vocab, end_tokens(shape, container.generation_config, tokenizer))
     context = config.context or min(shape.context, DEFAULT_CONTEXT)
     if config.kv_tokens is None:
         total = config.memory_bytes or memory.available_bytes()

@@ -180,7 +180,7 @@ class Service:
         if constraint is None:
             return None
         if self._grammars is None:
-            raise RequestError("this server has no grammars: llguidance is not installed, or the model has no end token")
+            raise RequestError("this server has no grammars: llguidance is not installed, or the model's tokenizer has no end token")
         return self._grammars.make(*constraint)
 
     @staticmethod
