@@ -26,7 +26,8 @@ class Grammars:
     """Makes grammars for one model. `vocab` is the number of logits, `eos_ids` the tokens that end an answer; those that the
     tokenizer does not have are left out.
 
-    Raises RequestError if none is left, and ImportError if llguidance is not installed. Building takes some 20 ms per 4,000 tokens of the vocabulary.
+    Raises RequestError if none is left, and ImportError if llguidance is not installed. Building takes some 20 ms per 4,000 tokens of the
+    vocabulary.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab: int, eos_ids: Collection[int]):
