@@ -22,6 +22,7 @@ void scores_f16_of(const uint16_t* keys, int64_t head_dim, const ConstRows& q, c
   for (int64_t d = 0; d < head_dim; ++d) {
     __m512 key[S];
     unrolled<S>([&](auto s) { key[s.value] = halves(keys + (s.value * head_dim + d) * kKeyTile, 0xFFFF); });
+    if (d % 2 == 0) unrolled<S>([&](auto s) __attribute__((always_inline)) { prefetch(reinterpret_cast<const uint8_t*>(keys + ((s.value + S) * head_dim + d) * kKeyTile)); });
     unrolled<N>([&](auto i) __attribute__((always_inline)) {
       constexpr int I = decltype(i)::value;
       const __m512 x = _mm512_set1_ps(q.data[I * q.stride + d]);
@@ -89,10 +90,12 @@ void scores_q8(const uint8_t* keys, const float* key_scale, int64_t tiles, int64
   });
 }
 
+constexpr int64_t kRowsAhead = 16; // values asked for before their turn: parts of rows are too far apart for the hardware to foresee
+
 // N queries and 16 R elements of the head, the last `rest` of them in a register of their own, whose sums stay in registers.
 // value(j, d, mask) are 16 floats, weight(i, j) what query i gives to key j.
-template <int N, int R, bool Whole, class V, class W>
-inline __attribute__((always_inline)) void mix_of(int64_t count, int64_t i0, int64_t d0, __mmask16 some, const Rows& out, V&& value, W&& weight) {
+template <int N, int R, bool Whole, class V, class W, class A>
+inline __attribute__((always_inline)) void mix_of(int64_t count, int64_t i0, int64_t d0, __mmask16 some, const Rows& out, V&& value, W&& weight, A&& ahead) {
   const __mmask16 mask = Whole ? __mmask16(0xFFFF) : some;
   __m512 acc[N][R];
   float* y = out.data + i0 * out.stride + d0;
@@ -103,6 +106,7 @@ inline __attribute__((always_inline)) void mix_of(int64_t count, int64_t i0, int
   for (int64_t j = 0; j < count; ++j) {
     __m512 v[R];
     unrolled<R>([&](auto r) { v[r.value] = value(j, d0 + 16 * r.value, mask); });
+    unrolled<(R + 1) / 2>([&](auto r) __attribute__((always_inline)) { ahead(j + kRowsAhead, d0 + 32 * r.value); });
     unrolled<N>([&](auto i) __attribute__((always_inline)) {
       constexpr int I = decltype(i)::value;
       const __m512 p = _mm512_set1_ps(weight(i0 + I, j));
@@ -115,14 +119,15 @@ inline __attribute__((always_inline)) void mix_of(int64_t count, int64_t i0, int
   });
 }
 
-template <class V, class W> inline void mix(int64_t count, int64_t head_dim, int64_t n, const Rows& out, V&& value, W&& weight) {
+template <class V, class W, class A>
+inline void mix(int64_t count, int64_t head_dim, int64_t n, const Rows& out, V&& value, W&& weight, A&& ahead) {
   int64_t i = 0;
   const auto take = [&](auto queries, auto registers) {
     constexpr int N = decltype(queries)::value, R = decltype(registers)::value;
     for (; i + N <= n; i += N) {
       int64_t d = 0;
-      for (; d + 16 * R <= head_dim; d += 16 * R) mix_of<N, R, true>(count, i, d, 0, out, value, weight);
-      for (; d < head_dim; d += 16) mix_of<N, 1, false>(count, i, d, first(head_dim - d), out, value, weight);
+      for (; d + 16 * R <= head_dim; d += 16 * R) mix_of<N, R, true>(count, i, d, 0, out, value, weight, ahead);
+      for (; d < head_dim; d += 16) mix_of<N, 1, false>(count, i, d, first(head_dim - d), out, value, weight, ahead);
     }
   };
   take(Index<8>{}, Index<2>{});
@@ -133,7 +138,8 @@ template <class V, class W> inline void mix(int64_t count, int64_t head_dim, int
 
 void mix_f16(const uint16_t* values, int64_t count, int64_t head_dim, ConstRows p, int64_t n, Rows out) {
   mix(count, head_dim, n, out, [&](int64_t j, int64_t d, __mmask16 k) { return halves(values + j * head_dim + d, k); },
-      [&](int64_t i, int64_t j) { return p.data[i * p.stride + j]; });
+      [&](int64_t i, int64_t j) { return p.data[i * p.stride + j]; },
+      [&](int64_t j, int64_t d) __attribute__((always_inline)) { prefetch(reinterpret_cast<const uint8_t*>(values + j * head_dim + d)); });
 }
 
 void mix_q8(const int8_t* values, const float* value_scale, int64_t count, int64_t head_dim, ConstRows p, int64_t n, Rows out) {
@@ -144,7 +150,8 @@ void mix_q8(const int8_t* values, const float* value_scale, int64_t count, int64
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < rows; ++j) weight[i][j] = p.data[i * p.stride + j0 + j] * value_scale[j0 + j];
     mix(rows, head_dim, n, out, [&](int64_t j, int64_t d, __mmask16 k) { return signed_bytes(values + j * head_dim + d, k); },
-        [&](int64_t i, int64_t j) { return weight[i][j]; });
+        [&](int64_t i, int64_t j) { return weight[i][j]; },
+        [&](int64_t j, int64_t d) __attribute__((always_inline)) { prefetch(reinterpret_cast<const uint8_t*>(values + j * head_dim + d)); });
   }
 }
 
@@ -189,6 +196,7 @@ float dot_f32(const float* a, const float* b, int64_t n) {
       constexpr int L = decltype(l)::value;
       const int64_t at = i + 16 * L;
       const __mmask16 k = at < n ? first(n - at) : __mmask16(0);
+      prefetch(reinterpret_cast<const uint8_t*>(a + at) + kAheadBytes); // a router's weights follow each other
       acc[L] = _mm512_add_ps(acc[L], _mm512_mul_ps(_mm512_maskz_loadu_ps(k, a + at), _mm512_maskz_loadu_ps(k, b + at)));
     });
   return add_lanes(_mm512_add_ps(acc[0], acc[1]));

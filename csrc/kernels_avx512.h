@@ -46,7 +46,8 @@ inline __attribute__((always_inline)) __m512i four(const int8_t* q) {
   return v;
 }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+// GCC takes a function that does nothing else for one without effect and drops its calls: a lambda around it must be always_inline.
+inline __attribute__((always_inline)) void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
 } // namespace
 } // namespace d2moe
