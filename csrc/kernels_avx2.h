@@ -39,8 +39,9 @@ inline INLINE void add16(__m256i& v, __m256i w) {
   asm("" : "+x"(v));
 }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
-inline void prefetch_far(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+// GCC takes a function that does nothing but prefetch for one without effect and drops its calls, unless they are inlined before.
+inline INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+inline INLINE void prefetch_far(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 inline __m256 halves(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
 } // namespace

@@ -22,7 +22,10 @@ void scores_f16_of(const uint16_t* keys, int64_t head_dim, const ConstRows& q, c
   for (int64_t d = 0; d < head_dim; ++d) {
     __m512 key[S];
     unrolled<S>([&](auto s) { key[s.value] = halves(keys + (s.value * head_dim + d) * kKeyTile, 0xFFFF); });
-    if (d % 2 == 0) unrolled<S>([&](auto s) __attribute__((always_inline)) { prefetch(reinterpret_cast<const uint8_t*>(keys + ((s.value + S) * head_dim + d) * kKeyTile)); });
+    if (d % 2 == 0) // half a line each; the next tiles'
+      unrolled<S>([&](auto s) __attribute__((always_inline)) {
+        prefetch(reinterpret_cast<const uint8_t*>(keys + ((s.value + S) * head_dim + d) * kKeyTile));
+      });
     unrolled<N>([&](auto i) __attribute__((always_inline)) {
       constexpr int I = decltype(i)::value;
       const __m512 x = _mm512_set1_ps(q.data[I * q.stride + d]);
@@ -44,6 +47,7 @@ void scores_q8_of(const uint8_t* keys, const float* key_scale, int64_t head_dim,
   for (int64_t d = 0; d < head_dim; d += 4) {
     __m512i key[S];
     unrolled<S>([&](auto s) { key[s.value] = load(keys + (s.value * head_dim + d) * kKeyTile); });
+    unrolled<S>([&](auto s) __attribute__((always_inline)) { prefetch(keys + ((s.value + S) * head_dim + d) * kKeyTile); });
     unrolled<N>([&](auto i) __attribute__((always_inline)) {
       const __m512i x = four(q + decltype(i)::value * q_stride + d);
       unrolled<S>([&](auto s) __attribute__((always_inline)) { add_products(dot[decltype(i)::value][s.value], key[s.value], x); });

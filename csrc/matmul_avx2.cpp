@@ -85,7 +85,7 @@ template <int BITS> struct Unit {
 
 // The streams of a matrix run in step; each is prefetched so far ahead that together they cover the latency. Far ones go
 // to L2 only, because too few misses of L1 can be under way; near ones then come from there.
-template <int BITS, bool FAR> inline void prefetch_unit(const Matrix& w, int64_t unit) {
+template <int BITS, bool FAR> inline INLINE void prefetch_unit(const Matrix& w, int64_t unit) {
   const auto line = [](const uint8_t* p) INLINE {
     if constexpr (FAR) prefetch_far(p);
     else prefetch(p);

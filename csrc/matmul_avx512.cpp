@@ -109,13 +109,13 @@ template <int BITS> inline __attribute__((always_inline)) Unit unit_codes(const 
 template <int BITS> constexpr int64_t kAhead = BITS == 2 ? 1536 : BITS == 3 ? 5120 : BITS == 4 ? 4096 : 2048;
 
 // Two lines into L2. A single stream gains a tenth from this second, longer reach; several at once lose a fifth.
-inline void prefetch_far(const uint8_t* p) {
+inline __attribute__((always_inline)) void prefetch_far(const uint8_t* p) {
   _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
   _mm_prefetch(reinterpret_cast<const char*>(p + 64), _MM_HINT_T1);
 }
 
 // The streams of a matrix run in step; each is prefetched so far ahead that together they cover the latency.
-template <int BITS> inline void prefetch_unit(const Matrix& w, int64_t unit) {
+template <int BITS> inline __attribute__((always_inline)) void prefetch_unit(const Matrix& w, int64_t unit) {
   prefetch(w.base + unit * 128);
   prefetch(w.base + unit * 128 + 64);
   for (int p = 0; p < BITS - kBaseBits; ++p) prefetch(w.planes[p] + unit * 64);
