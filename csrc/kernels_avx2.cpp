@@ -17,6 +17,8 @@ template <class T> struct Tail {
   void put(T* p, int64_t n) const { for (int64_t i = 0; i < n; ++i) p[i] = v[i]; }
 };
 
+constexpr int64_t kAheadBytes = 2048; // software prefetch; hardware prefetchers stop at 4 KiB pages
+
 void quantize(const float* x, int64_t cols, int group, int8_t* q, float* scale, int32_t* sum) {
   const int64_t groups = (cols + group - 1) / group;
   const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
@@ -55,7 +57,11 @@ float dot_f32(const float* a, const float* b, int64_t n) {
     for (int l = 0; l < 4; ++l) acc[l] = _mm256_add_ps(acc[l], _mm256_mul_ps(_mm256_loadu_ps(x + 8 * l), _mm256_loadu_ps(y + 8 * l)));
   };
   const int64_t whole = n & -32;
-  for (int64_t i = 0; i < whole; i += 32) add(a + i, b + i);
+  for (int64_t i = 0; i < whole; i += 32) {
+    prefetch(reinterpret_cast<const uint8_t*>(a + i) + kAheadBytes); // a router's weights follow each other
+    prefetch(reinterpret_cast<const uint8_t*>(a + i) + kAheadBytes + 64);
+    add(a + i, b + i);
+  }
   if (whole < n) {
     alignas(32) float x[32] = {}, y[32] = {};
     for (int64_t i = whole; i < n; ++i) x[i - whole] = a[i], y[i - whole] = b[i];
@@ -132,7 +138,6 @@ void to_f32(const uint16_t* x, float* y, int64_t n) {
   yt.put(y + whole, n - whole);
 }
 
-constexpr int64_t kAheadBytes = 2048; // software prefetch; hardware prefetchers stop at 4 KiB pages
 
 uint64_t read_bytes(const uint8_t* p, int64_t n) {
   __m256i acc[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
