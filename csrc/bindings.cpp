@@ -1,4 +1,4 @@
-// The only file, with bindings_kernels.cpp, that knows Python: arrays are checked here, the GIL is released here.
+// The only file, with bindings_kernels.cpp and bindings_ledger.cpp, that knows Python: arrays are checked here, the GIL is released here.
 #include "program.h"
 
 #include <nanobind/nanobind.h>
@@ -15,6 +15,7 @@ using namespace nb::literals;
 using namespace d2moe;
 
 void bind_kernels(nb::module_& m);
+void bind_ledger(nb::module_& m);
 
 namespace {
 
@@ -281,12 +282,17 @@ struct PyProgram {
   }
 
   int64_t run() {
-    const int64_t layer = [&] {
-      nb::gil_scoped_release free;
-      return program.run();
-    }();
-    if (layer < 0) logits.reset();
-    return layer;
+    for (;;) {
+      const int64_t layer = [&] {
+        nb::gil_scoped_release free;
+        return program.run();
+      }();
+      if (layer != Program::kMore) {
+        if (layer < 0) logits.reset();
+        return layer;
+      }
+      if (PyErr_CheckSignals()) throw nb::python_error(); // Ctrl-C
+    }
   }
 
   void compute(In<int32_t> experts) {
@@ -353,6 +359,7 @@ struct PyProgram {
 NB_MODULE(_native, m) {
   m.doc() = "The compiled core of d2moe; import it through d2moe.kernels.native.";
   bind_kernels(m);
+  bind_ledger(m);
   nb::exception<StorageFailure>(m, "StorageFailure");
 
   nb::class_<Runtime>(m, "Runtime")
@@ -429,6 +436,11 @@ NB_MODULE(_native, m) {
       .def("run", &PyProgram::run)
       .def("compute", &PyProgram::compute)
       .def("take_notes", &PyProgram::take_notes)
+      .def("plan_by", [](PyProgram& p, Ledger* ledger) { p.program.plan_by(ledger); }, nb::keep_alive<1, 2>(), "ledger"_a.none())
+      .def("take_planned", [](PyProgram& p) {
+        const Program::Planned found = p.program.take_planned();
+        return std::make_tuple(found.plans, found.missing_bytes, found.decide_ns, found.read);
+      }, "What the ledger planned since the last call: layer calls, bytes missing, nanoseconds, planes read by width.")
       .def("pause", &PyProgram::pause, "when"_a)
       .def("choose", &PyProgram::choose, "bits"_a, "gates"_a.none() = nb::none())
       .def("forecast", &PyProgram::forecast, "ahead"_a)

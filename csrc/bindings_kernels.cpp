@@ -1,7 +1,6 @@
 // Kernels and encoder as Python sees them, for conversion, tests and benchmarks. The engine itself calls them in C++.
 #include "encode.h"
 #include "feedback.h"
-#include "ledger.h"
 #include "rotate.h"
 #include "kernels.h"
 #include "sampling.h"
@@ -186,49 +185,6 @@ auto quantize_activations(const std::string& table, In<float> x, int group) {
       k.quantize(x.data() + i * cols, int64_t(cols), group, q.data() + i * groups * size_t(group), scale.data() + i * groups, sum.data() + i * groups);
   }
   return std::make_tuple(q, scale, sum);
-}
-
-template <class T> using Changed = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
-
-Demand demand_of(Changed<double>& demand, Changed<double>& tokens, Changed<double>& last, Changed<double>& last_tokens, Changed<double>& worth) {
-  expect(demand.ndim() == 3 && demand.shape(2) == kSegments, "demand has shape " + text(shape_of(demand)) + ", expected [layers, experts, 7]");
-  const size_t layers = demand.shape(0);
-  expect_shape(last, shape_of(demand), "last");
-  expect_shape(worth, shape_of(demand), "worth");
-  expect_shape(tokens, {layers}, "tokens");
-  expect_shape(last_tokens, {layers}, "last_tokens");
-  return {int64_t(layers), int64_t(demand.shape(1)), demand.data(), last.data(), worth.data(), tokens.data(), last_tokens.data()};
-}
-
-void value(Changed<double> demand, Changed<double> tokens, Changed<double> last, Changed<double> last_tokens, Changed<double> worth,
-           int64_t first, In<int32_t> ids, In<int32_t> bits, double fade, double last_call) {
-  const Demand d = demand_of(demand, tokens, last, last_tokens, worth);
-  expect(ids.ndim() == 3 && ids.shape(1) > 0, "ids has shape " + text(shape_of(ids)) + ", expected [layers, tokens, top_k]");
-  expect_shape(bits, shape_of(ids), "bits");
-  const int64_t count = int64_t(ids.shape(0));
-  expect(first >= 0 && first + count <= d.layers, "calls of layers " + std::to_string(first) + " to " + std::to_string(first + count) + " of " + std::to_string(d.layers));
-  for (size_t i = 0; i < ids.size(); ++i)
-    expect(ids.data()[i] >= 0 && ids.data()[i] < d.experts && bits.data()[i] <= kMaxBits, "an expert or a width does not exist");
-  value_calls(d, first, count, int64_t(ids.shape(1)), int64_t(ids.shape(2)), ids.data(), bits.data(), fade, last_call);
-}
-
-// (experts that lost planes, i32 [n, 3] of layer, expert and bits that stay; bytes freed).
-auto evict(Changed<double> demand, Changed<double> tokens, Changed<double> last, Changed<double> last_tokens, Changed<double> worth,
-           Changed<int32_t> width, In<int64_t> prefix_bytes, int64_t pinned_layer, const std::vector<int64_t>& pinned, int64_t short_bytes, double turn) {
-  const Demand d = demand_of(demand, tokens, last, last_tokens, worth);
-  expect_shape(width, {size_t(d.layers), size_t(d.experts)}, "width");
-  expect_shape(prefix_bytes, {size_t(kMaxBits + 1)}, "prefix_bytes");
-  std::vector<uint8_t> stays(size_t(d.experts), 0);
-  for (int64_t e : pinned) {
-    expect(e >= 0 && e < d.experts, "expert " + std::to_string(e) + " of " + std::to_string(d.experts));
-    stays[size_t(e)] = 1;
-  }
-  int64_t freed = 0;
-  const std::vector<Kept> found = evict_planes(d, width.data(), prefix_bytes.data(), pinned_layer, stays.data(), short_bytes, turn, freed);
-  auto rows = fresh<int32_t>({found.size(), 3});
-  static_assert(sizeof(Kept) == 3 * sizeof(int32_t));
-  if (!found.empty()) std::memcpy(rows.data(), found.data(), found.size() * sizeof(Kept));
-  return std::make_tuple(rows, freed);
 }
 
 // x f32 [m, cols] in spans of `span` columns.
@@ -434,10 +390,6 @@ void bind_kernels(nb::module_& m) {
         "losses"_a.noconvert(), "bits"_a, "weights"_a, "fresh"_a, "passes"_a, "threads"_a = 1,
         "Codes of some columns, in place, and what they change in errors and losses; see d2moe.convert.feedback.");
   m.def("pack", &pack, "tiles"_a, "Base plane and the six one-bit planes of register-ordered codes.");
-  m.def("value", &value, "demand"_a, "tokens"_a, "last"_a, "last_tokens"_a, "worth"_a, "first"_a, "ids"_a, "bits"_a, "fade"_a, "last_call"_a,
-        "Calls of layers worked into what planes are worth, in place; see d2moe.policy.ledger.");
-  m.def("evict", &evict, "demand"_a, "tokens"_a, "last"_a, "last_tokens"_a, "worth"_a, "width"_a, "prefix_bytes"_a, "pinned_layer"_a, "pinned"_a,
-        "short_bytes"_a, "turn"_a, "The least valuable planes taken from `width`; see d2moe.policy.ledger.");
   m.def("rotate", &rotated, "x"_a, "span"_a, "Walsh-Hadamard transforms of whole spans of columns; see d2moe.planes.");
   m.def("quantize_activations", &quantize_activations, "table"_a, "x"_a, "group"_a,
         "int8 [m, padded cols], scale float32 and sum int32 [m, groups] of x float32 [m, cols].");

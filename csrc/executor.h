@@ -34,9 +34,9 @@ struct ExecutorCounters {
 };
 
 // What happened when, for a timeline: a read of bits `from` to `to` of an expert, an expert's arithmetic at `to` bits (those that were
-// computed together share their times), or a wait for reads with nothing to compute.
+// computed together share their times), a wait for reads with nothing to compute, or a plan of `expert` waves that reads `from` bytes.
 struct Event {
-  enum Kind : int64_t { read, compute, wait };
+  enum Kind : int64_t { read, compute, wait, plan };
   int64_t kind, layer, expert, from, to, lane, begin_ns, end_ns;
 };
 
@@ -73,6 +73,8 @@ public:
   void abandon();
 
   void log(bool on) { logging_ = on; }
+  bool logging() const { return logging_; }
+  void log(const Event& event) { events_.push_back(event); }
   std::vector<Event> take_events() { return std::exchange(events_, {}); } // since the last call, while logging
 
   const ExecutorCounters& counters() const { return counters_; }

@@ -9,18 +9,25 @@
 namespace d2moe {
 namespace {
 
+constexpr int64_t kLookUpNs = 100'000'000; // after which run gives its caller a chance to see that it was interrupted
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 // Adds the time of a scope to a counter.
 class Stopwatch {
 public:
-  explicit Stopwatch(int64_t& total) : total_(total), begin_(Clock::now()) {}
-  ~Stopwatch() { total_ += std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin_).count(); }
+  explicit Stopwatch(int64_t& total) : total_(total), begin_ns(now_ns()) {}
+  ~Stopwatch() { total_ += now_ns() - begin_ns; }
   Stopwatch(const Stopwatch&) = delete;
   Stopwatch& operator=(const Stopwatch&) = delete;
 
 private:
-  using Clock = std::chrono::steady_clock;
   int64_t& total_;
-  Clock::time_point begin_;
+
+public:
+  const int64_t begin_ns;
 };
 
 } // namespace
@@ -100,6 +107,7 @@ int64_t Program::run() {
   for (; next_ < layers_.size(); ++next_) {
     const Layer& layer = layers_[next_];
     if (!routed_) {
+      if (now_ns() - watch.begin_ns > kLookUpNs) return kMore;
       attention(rt_, layer.shape, layer.attention, kv_, int64_t(next_), places, {cosine_.data(), sine_.data()}, tokens_, x);
       if (next_ + 1 == layers_.size()) {
         keep_rows();
@@ -121,8 +129,9 @@ int64_t Program::run() {
         note(layer.moe_index);
       else
         noting_ = false;
-      if (!held_ || pause_ != Pause::missing) return layer.moe_index;
+      if (pause_ != Pause::missing || !(held_ || ledger_)) return layer.moe_index;
     }
+    if (!held_ && ledger_) bring(layer.moe_index);
     if (!experts_.begun()) open();
     experts_.compute(nullptr, 0);
     experts_.finish(gates_.data(), x);
@@ -210,6 +219,40 @@ void Program::open() {
   experts_.begin(layer.moe_index, tokens_, shape_.top_k, h_.data(), ids(layer.moe_index), bits(layer.moe_index));
   // The shared expert is computed while the first planes are on their way.
   if (layer.feed_forward) feed_forward(rt_, *layer.feed_forward, tokens_, h_.data(), x_.data());
+}
+
+void Program::bring(int64_t moe_index) {
+  const int64_t begin = now_ns();
+  for (const Note& n : notes_) ledger_->touch(n.first, n.layers, n.tokens, shape_.top_k, n.ids.data(), n.bits.data());
+  notes_.clear();
+  const std::vector<Wave> waves = ledger_->plan(moe_index, tokens_, shape_.top_k, ids(moe_index), bits(moe_index), bits(moe_index));
+  send(waves[0]);
+  const int64_t now = now_ns();
+  int64_t missing = 0; // counted from the reads: an early wave may have to evict what a later one wants
+  for (const Wave& wave : waves) missing += wave.read_bytes;
+  ++planned_.plans;
+  planned_.missing_bytes += missing;
+  planned_.decide_ns += now - begin;
+  if (experts_.logging()) experts_.log({Event::plan, moe_index, int64_t(waves.size()), missing, 0, 0, begin, now});
+  for (size_t i = 1; i < waves.size(); ++i) {
+    // The next wave's reads run while this one is computed, unless they need its memory.
+    const std::vector<int32_t>& mine = waves[i - 1].experts;
+    const bool overlap = std::none_of(waves[i].evict.begin(), waves[i].evict.end(), [&](const Move& gone) {
+      return gone.layer == moe_index && std::find(mine.begin(), mine.end(), gone.expert) != mine.end();
+    });
+    if (overlap) send(waves[i]);
+    if (!experts_.begun()) open();
+    experts_.compute(mine.data(), int64_t(mine.size()));
+    if (!overlap) send(waves[i]);
+  }
+}
+
+void Program::send(const Wave& wave) {
+  for (const Move& move : wave.evict) experts_.evict(move.layer, move.expert, move.bits);
+  for (const Move& move : wave.read) {
+    for (int b = std::max(kBaseBits, experts_.width(move.layer, move.expert) + 1); b <= move.bits; ++b) ++planned_.read[size_t(b)];
+    experts_.read(move.layer, move.expert, move.bits);
+  }
 }
 
 void Program::abandon() {

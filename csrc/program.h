@@ -1,8 +1,9 @@
-// A whole step of a model: from token ids to logits, layer after layer, without a word to Python as long as every expert
-// that a layer wants is in memory. Where one is not, the step pauses for a plan.
+// A whole step of a model: from token ids to logits, layer after layer. Where an expert is not in memory that a layer wants, a ledger plans
+// its reads, or the step pauses for a plan of Python's.
 #pragma once
 #include "attention.h"
 #include "executor.h"
+#include "ledger.h"
 #include "widths.h"
 
 #include <optional>
@@ -33,9 +34,20 @@ public:
   // keys and values of the last layer.
   void start(const int32_t* ids, const TokenPlaces& places, int64_t tokens, int64_t sequences, const int32_t* rows, int64_t count,
              float* logits);
-  // Goes on as far as it can: -1 at the end; else the MoE layer (counted among those) whose experts are
-  // not all there. Its reads are to be started then, and run called again: it computes what arrives.
+  // Goes on as far as it can: -1 at the end; kMore after a while, so that a caller may look up; else the MoE layer (counted among those)
+  // whose experts are not all there, where no ledger plans. Its reads are to be started then, and run called again: it computes what
+  // arrives.
   int64_t run();
+  static constexpr int64_t kMore = -2;
+  // From now on this ledger plans what is missing (null: run comes back).
+  void plan_by(Ledger* ledger) { ledger_ = ledger; }
+  // What it planned since the last call: layer calls, bytes that were missing, time until a layer's first wave's reads were started, and
+  // planes to read, by the width that each makes.
+  struct Planned {
+    int64_t plans = 0, missing_bytes = 0, decide_ns = 0;
+    WidthCounts read{};
+  };
+  Planned take_planned() { return std::exchange(planned_, {}); }
   // For a layer that does not fit at once: computes these experts of it; run computes the rest.
   void compute(const int32_t* experts, int64_t count);
   // Where run comes back: at layers whose experts are not all there; or at every MoE layer, to be watched or to be decided on.
@@ -79,6 +91,8 @@ private:
   int32_t* ids(int64_t moe_index) { return ids_ + moe_index * shape_.max_tokens * shape_.top_k; }
   int32_t* bits(int64_t moe_index) { return bits_ + moe_index * shape_.max_tokens * shape_.top_k; }
   void open(); // begins the waiting layer's experts and computes its shared one
+  void bring(int64_t moe_index); // plans the waiting layer, starts its reads and computes all its waves but the last
+  void send(const Wave& wave);
   void note(int64_t moe_index);
   void count_taken(int64_t moe_index);
   void turn(); // cosine and sine of the step's positions
@@ -93,6 +107,8 @@ private:
   const float rope_scale_;
   KvCache& kv_;
   Executor& experts_;
+  Ledger* ledger_ = nullptr;
+  Planned planned_;
   int32_t *const ids_, *const bits_;
   const Dials dials_;
   std::vector<Layer> layers_;

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -81,11 +84,10 @@ def test_the_last_layers_experts_see_only_tokens_that_are_asked_of(tokens, kerne
         assert same(found, np.concatenate([expected[bits][50:] for _, bits, _ in wishes]))
         assert engine.counters.uses == shape.top_k * (150 * (shape.layers - 1) + 51 + 30 * shape.layers)
     with Engine.load(MODEL, options) as engine:
-        layers = []
-        before, bring = engine.step, engine._streamer._bring
-        engine._streamer._bring = lambda decoder, layer, *choices: (layers.append(layer), bring(decoder, layer, *choices))
-        before([Chunk(engine.new_sequence(), tokens, 4, "none")])
-        assert layers == list(range(shape.layers - 1))
+        recorder = engine.record(0)
+        engine.step([Chunk(engine.new_sequence(), tokens, 4, "none")])
+        assert [call.layer for step in recorder.trace() for call in step.calls] == list(range(shape.layers - 1))
+        assert engine.counters.plans == (shape.layers - 1 if kernels == "native" else engine.counters.plans)
 
 
 def test_kernel_tables_give_the_same_logits(tokens):
@@ -123,7 +125,8 @@ def test_hits_and_bytes_are_counted(tokens):
 def test_interrupted_step_leaves_the_engine_as_before(tokens, monkeypatch):
     expected = logits(tokens, 4)
     rng = np.random.default_rng()
-    with Engine.load(MODEL, EngineConfig(context=256, expert_memory_bytes=900_000)) as engine:
+    options = EngineConfig(context=256, expert_memory_bytes=900_000, policy="lru")  # one that the core does not plan for
+    with Engine.load(MODEL, options) as engine:
         sequence = engine.new_sequence()
         for owner, where in ((engine.decoder, "run"), (engine.decoder, "compute"), (engine._streamer, "_send")):
             real, layers_left = getattr(owner, where), list(range(int(rng.integers(1, 5))))
@@ -141,6 +144,46 @@ def test_interrupted_step_leaves_the_engine_as_before(tokens, monkeypatch):
             assert sequence.length == 0
             assert np.array_equal(engine.step([Chunk(sequence, tokens, 4, "all")]), expected), where
             sequence.free()
+
+
+def test_a_signal_leaves_the_engine_as_before(tokens, monkeypatch):
+    """Ctrl-C while the core plans by itself."""
+    expected = logits(tokens, 4)
+    came, inside = [], []
+
+    def handler(*_):
+        came.append(True)
+        if inside:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with Engine.load(MODEL, EngineConfig(context=256, expert_memory_bytes=900_000)) as engine:
+            real, sequence = engine.decoder.run, engine.new_sequence()
+
+            def run():
+                inside.append(True)
+                try:
+                    return real()
+                finally:
+                    inside.pop()
+
+            monkeypatch.setattr(engine.decoder, "run", run)
+            for delay in np.random.default_rng().uniform(0, 0.1, 4):
+                came.clear()
+                timer = threading.Timer(float(delay), signal.raise_signal, [signal.SIGINT])
+                timer.start()
+                with contextlib.suppress(KeyboardInterrupt):
+                    while not came:
+                        engine.step([Chunk(sequence, tokens, 4)])
+                        sequence.free()
+                timer.join()
+                came.clear()
+                assert sequence.length == 0
+                assert np.array_equal(engine.step([Chunk(sequence, tokens, 4, "all")]), expected)
+                sequence.free()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("expert_memory", [262144, 900_000, 4_000_000])

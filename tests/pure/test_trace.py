@@ -11,7 +11,7 @@ import pytest
 import d2moe
 from d2moe import cli
 from d2moe.errors import ConfigError, MemoryBudgetError, TraceError
-from d2moe.policy import POLICIES
+from d2moe.policy import POLICIES, hebf
 from d2moe.policy.ledger import HALF_LIFE, LAST_CALL, Ledger
 from d2moe.policy.policy import make, policy_class
 from d2moe.policy.trace import ARRAYS, NO_FORECAST, Meta, Recorder, Trace
@@ -298,6 +298,51 @@ def test_the_least_valuable_plane_goes_first(seed, dense):
                 if ledger.prefix_bytes[most] - ledger.prefix_bytes[ledger.width[layer, e]] <= room:
                     ledger.grow(layer, e, most)
                     room = ledger.limit_bytes - ledger.used_bytes
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.5])
+def test_the_compiled_plan_is_the_definition(seed, share):
+    """Waves, residency and errors of `hebf.plan` and `hebf.define` over calls of all kinds, some of which fit in waves only."""
+    rng = np.random.default_rng(seed)
+    layers, experts, top_k = int(rng.integers(1, 6)), int(rng.integers(4, 40)), int(rng.integers(1, 5))
+    both = [Ledger(layers, experts, 50, 10, max(100, int(share * 110 * layers * experts))) for _ in range(2)]
+    turns = bool(rng.integers(2))
+    waves = refused = 0
+    for ledger in both:
+        ledger.takes_turns = turns
+    for _ in range(200):
+        layer, tokens = int(rng.integers(layers)), int(rng.choice([1, 1, 2, 5, 20]))
+        ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)]).astype(np.int32)
+        bits = rng.choice([0, 2, 3, 4, 8] if rng.integers(2) else [4], ids.shape).astype(np.int32)
+        asked = np.where(bits > 0, 4, 0).astype(np.int32) if rng.integers(2) else None
+        if rng.integers(4) == 0:  # calls that went by, and a budget that moves
+            limit = int(rng.integers(50, 110 * layers * experts)) if rng.integers(2) else both[0].limit_bytes
+            for ledger in both:
+                ledger.touch(layer, ids[None], bits[None])
+                ledger.limit_bytes = limit
+                ledger.make_room(0, 0, set())
+        plans = []
+        for ledger, way in zip(both, (hebf.define, hebf.plan), strict=True):
+            try:
+                plans.append(way(ledger, layer, ids, bits, asked))
+            except MemoryBudgetError as error:
+                plans.append(str(error))
+        expected, found = plans
+        if isinstance(expected, str):
+            assert found == expected
+            refused += 1
+            continue
+        assert len(found.waves) == len(expected.waves) and found.missing_bytes == expected.missing_bytes
+        for one, other in zip(found.waves, expected.waves, strict=True):
+            assert one.read_bytes == other.read_bytes
+            for name in ("evict", "read", "experts"):
+                a, b = getattr(one, name), getattr(other, name)
+                assert a.dtype == b.dtype == np.int32 and np.array_equal(a, b), name
+        waves = max(waves, len(found.waves))
+        assert np.array_equal(both[0].width, both[1].width) and both[0].used_bytes == both[1].used_bytes
+        assert both[0].used_bytes == both[0].prefix_bytes[both[0].width].sum() <= both[0].limit_bytes
+    print("most waves", waves, "refused", refused)
+    assert np.array_equal(both[0].heat(), both[1].heat())
 
 
 @pytest.mark.parametrize("statistics", [Statistics(), Statistics(zipf=0.3), Statistics(again=0.3)])

@@ -1,7 +1,7 @@
 """The compiled back end: the only importer of `d2moe._native`.
 
 Arrays are C-contiguous; float16 data crosses as its uint16 bits. Sizes are checked on the way in (ValueError); a
-failed read raises `StorageFailure`, whose message names file, expert, bits and the cause.
+failed read raises `StorageFailure`, whose message names file, expert, bits and the cause; `NoRoom` is a MemoryBudgetError.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from d2moe._native import (
     Experts,
     FeedForward,
     KvCache,
+    Ledger,
     Linear,
+    NoRoom,
     Program,
     Router,
     Runtime,
@@ -21,7 +23,6 @@ from d2moe._native import (
     draw,
     drawing_ns,
     encode,
-    evict,
     matmul,
     mix,
     pack,
@@ -30,7 +31,6 @@ from d2moe._native import (
     rotate,
     scores,
     tables,
-    value,
     vector_op,
 )
 
@@ -39,7 +39,9 @@ __all__ = [
     "Experts",
     "FeedForward",
     "KvCache",
+    "Ledger",
     "Linear",
+    "NoRoom",
     "Program",
     "Router",
     "Runtime",
@@ -49,7 +51,6 @@ __all__ = [
     "draw",
     "drawing_ns",
     "encode",
-    "evict",
     "matmul",
     "mix",
     "pack",
@@ -58,6 +59,5 @@ __all__ = [
     "rotate",
     "scores",
     "tables",
-    "value",
     "vector_op",
 ]

@@ -3,6 +3,8 @@
 Demand is the number of tokens that want an expert; experts are read in order of falling demand, each from the bits it
 has to the most bits that any token wants, in one contiguous read. Deviation: the paper orders single planes; with one
 width for all tokens of a step the orders are the same.
+
+`define` is the definition; `Ledger.plan` in csrc/ledger.cpp is the same, compiled, and plans wherever no policy has an order of its own.
 """
 
 from __future__ import annotations
@@ -35,14 +37,19 @@ def demand(ids: I32, bits: I32, experts: int) -> tuple[I32, I32, I32]:
     return found, most[found], counts[found].astype(np.int32)
 
 
-def plan(ledger: Ledger, layer: int, ids: I32, bits: I32, asked: I32 | None = None, hottest_first: bool = True) -> Plan:
+def plan(ledger: Ledger, layer: int, ids: I32, bits: I32, asked: I32 | None = None) -> Plan:
+    """As `define`, compiled, over a ledger without a `rank`."""
+    waves = [Wave(*wave) for wave in ledger.core.plan(layer, ids, bits, bits if asked is None else asked)]
+    return Plan(waves, sum(wave.read_bytes for wave in waves))
+
+
+def define(ledger: Ledger, layer: int, ids: I32, bits: I32, asked: I32 | None = None, hottest_first: bool = True) -> Plan:
     """Plan one layer for expert choices `ids` and widths `bits`, both int32 [tokens, top_k]; updates the ledger, with the widths that
     were `asked` for where a policy chose others. Not `hottest_first`: experts in the order of their numbers.
 
     Raises MemoryBudgetError if the limit does not hold even one expert at its width.
     """
-    ledger.touch(layer, ids[None].copy(), (bits if asked is None else asked)[None].copy())
-    # Lists from here on: a layer has few items, and while a plan is made nothing is read.
+    ledger.touch(layer, ids[None], (bits if asked is None else asked)[None])
     width = ledger.width[layer].tolist()
     items = sorted(_items(ids, bits, ledger.experts), key=(lambda i: -i[2]) if hottest_first else (lambda i: i[0]))
     missing = [item for item in items if width[item[0]] < item[1]]
@@ -69,7 +76,7 @@ def _waves(ledger: Ledger, layer: int, items: list[tuple[int, int]], width: list
     largest = max(cost.values())
     if largest > ledger.limit_bytes:
         raise MemoryBudgetError(
-            f"one expert needs {largest:,} bytes and the budget leaves {ledger.limit_bytes:,} for experts; "
+            f"one expert needs {largest} bytes and the budget leaves {ledger.limit_bytes} for experts; "
             "allow more memory or fewer bits"
         )
     if sum(cost.values()) <= ledger.limit_bytes:

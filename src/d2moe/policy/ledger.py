@@ -27,90 +27,90 @@ FADE = 2.0 ** (-1 / HALF_LIFE)
 LAST_CALL = 0.2
 """What the share of tokens in the last call counts beside the one of the long run."""
 SEGMENTS = MAX_BITS - BASE_BITS + 1
-NOTED_CALLS = 64
-"""Runs of layer calls whose demand waits to be worked into the values; bounds what they hold."""
 TURN = 1e-6
 """Breaks ties between layers that take turns."""
 
 
 class Ledger:
-    """Residency of `layers` × `experts` experts. `base_bytes` and `plane_bytes` are what a slot of each kind holds."""
+    """Residency of `layers` × `experts` experts. `base_bytes` and `plane_bytes` are what a slot of each kind holds.
+
+    The compiled core keeps and changes it (`core`, csrc/ledger.h), so that a step can be planned without Python.
+    """
 
     def __init__(self, layers: int, experts: int, base_bytes: int, plane_bytes: int, limit_bytes: int):
         self.layers, self.experts = layers, experts
-        self.base_bytes, self.plane_bytes, self.limit_bytes = base_bytes, plane_bytes, limit_bytes
-        self.width = np.zeros((layers, experts), np.int32)
-        self.used_bytes = 0
+        self.base_bytes, self.plane_bytes = base_bytes, plane_bytes
+        self.core = native.Ledger(layers, experts, base_bytes, plane_bytes, limit_bytes, FADE, LAST_CALL)
+        self.width: I32 = self.core.width
+        """Bits of each expert that are in memory or on their way, int32 [layers, experts]; changed by the methods below only."""
         self.prefix = [0, 0, *(base_bytes + plane_bytes * i for i in range(SEGMENTS))]
         self.prefix_bytes = np.array(self.prefix, np.int64)
         """Bytes of an expert by its width in bits, as a list and as an array."""
-        planes, calls = (layers, experts, SEGMENTS), layers
-        self._demand = np.zeros(planes), np.zeros(calls), np.zeros(planes), np.ones(calls), np.zeros(planes)
-        """Decayed numbers of tokens, those that wanted each plane, and all; the same of the last call alone; what each plane is worth."""
-        self._noted: list[tuple[int, I32, I32]] = []
-        self.takes_turns = False
-        """Whether every step wants every expert, layer by layer, as of a dense model: the latest use is then the farthest next one."""
         self.rank: Callable[[int], F64] | None = None
         """A policy's own order: what each expert [layers, experts] is worth while a layer is planned. The least goes first, whole;
         infinite stays."""
 
+    @property
+    def used_bytes(self) -> int:
+        return int(self.core.used_bytes)
+
+    @property
+    def limit_bytes(self) -> int:
+        return int(self.core.limit_bytes)
+
+    @limit_bytes.setter
+    def limit_bytes(self, n_bytes: int) -> None:
+        self.core.limit_bytes = n_bytes
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether every step wants every expert, layer by layer, as of a dense model: the latest use is then the farthest next one."""
+        return bool(self.core.turn > 0)
+
+    @takes_turns.setter
+    def takes_turns(self, on: bool) -> None:
+        self.core.turn = TURN if on else 0.0
+
     def touch(self, first_layer: int, ids: I32, bits: I32) -> None:
         """Note the demand of the layer calls `ids` int32 [layers, tokens, top_k] of the layers from `first_layer` on, at
-        widths `bits` of that shape; both are kept and must not change. Worked into the values when they are next asked
-        for: most steps find all in memory and never ask."""
-        self._noted.append((first_layer, ids, bits))
-        if len(self._noted) >= NOTED_CALLS:
-            self._value_noted()
-
-    def _value_noted(self) -> None:
-        """Work the noted calls into what the planes of their layers are worth: demand and numbers of tokens fade by a call, then
+        widths `bits` of that shape. Worked into the values when they are next asked for, as most steps find all in memory and never
+        ask: demand and numbers of tokens fade by a call, then
         the call's own are added; worth = demand / tokens + LAST_CALL * the call's demand / its tokens. Who wants a plane wants
         all lower ones; choices of 0 bits, which the width router and some policies leave out, want none."""
-        for first, ids, bits in self._noted:
-            native.value(*self._demand, first, ids, bits, FADE, LAST_CALL)
-        self._noted.clear()
+        self.core.touch(first_layer, ids, bits)
 
     def heat(self) -> npt.NDArray[np.float64]:
         """float64 [layers, experts]: the share of recent tokens that wanted each expert, the latest counting most."""
-        self._value_noted()
-        share: npt.NDArray[np.float64] = self._demand[0][..., 0] / np.maximum(self._demand[1][:, None], 1)
+        self.core.value()
+        share: npt.NDArray[np.float64] = self.core.demand[..., 0] / np.maximum(self.core.tokens[:, None], 1)
         return share
 
     def grow(self, layer: int, expert: int, bits: int) -> None:
         """The expert now has (or is being read up to) `bits`."""
         if bits > self.width[layer, expert]:
-            self._set(layer, expert, bits)
+            self.core.set(layer, expert, bits)
 
     def shrink(self, layer: int, expert: int, bits: int) -> None:
         """Only `bits` of the expert stay."""
         if bits < self.width[layer, expert]:
-            self._set(layer, expert, bits)
-
-    def _set(self, layer: int, expert: int, bits: int) -> None:
-        self.used_bytes += self.prefix[bits] - self.prefix[self.width[layer, expert]]
-        self.width[layer, expert] = bits
+            self.core.set(layer, expert, bits)
 
     def make_room(self, n_bytes: int, pinned_layer: int, pinned: set[int]) -> dict[tuple[int, int], int] | None:
         """Shrink the least valuable experts until `n_bytes` more fit; returns {(layer, expert): bits that stay}.
 
-        Experts `pinned` of `pinned_layer` are kept. None if even evicting all others would not do (nothing changed
-        then).
+        The plane of the least (worth, layer) goes first; of equal planes in a layer the last one, so a higher plane before those below
+        it. Experts `pinned` of `pinned_layer` are kept. None if even evicting all others would not do (nothing changed then).
         """
-        short = self.used_bytes + n_bytes - self.limit_bytes
-        if short <= 0:
-            return {}
-        self._value_noted()
-        widths = self.width[pinned_layer].tolist()
-        kept = sum(self.prefix[widths[e]] for e in pinned)
-        if self.used_bytes - kept < short:
-            return None
         if self.rank is not None:
+            short = self.used_bytes + n_bytes - self.limit_bytes
+            if short <= 0:
+                return {}
+            widths = self.width[pinned_layer].tolist()
+            if self.used_bytes - sum(self.prefix[widths[e]] for e in pinned) < short:
+                return None
             return self._evict_whole(n_bytes, self.rank(pinned_layer), pinned_layer, pinned)
-        # The least (worth, layer) first; of equal planes in a layer the last one, so a higher plane before those below it.
-        turn = TURN if self.takes_turns else 0.0
-        rows, freed = native.evict(*self._demand, self.width, self.prefix_bytes, pinned_layer, list(pinned), short, turn)
-        self.used_bytes -= freed
-        return {(layer, expert): bits for layer, expert, bits in rows.tolist()}
+        rows = self.core.make_room(n_bytes, pinned_layer, list(pinned))
+        return None if rows is None else {(layer, expert): bits for layer, expert, bits in rows.tolist()}
 
     def _evict_whole(
         self, n_bytes: int, worth: F64, pinned_layer: int, pinned: set[int]

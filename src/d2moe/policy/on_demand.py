@@ -33,7 +33,7 @@ class OnDemand(WholeExperts):
             ledger.shrink(of_layer, expert, 0)
         copies = self._narrower(layer, ids, bits) if self.separate else []
         self.use(layer, ids, bits)
-        plan = hebf.plan(ledger, layer, ids, bits, hottest_first=self.hottest_first)
+        plan = hebf.define(ledger, layer, ids, bits, hottest_first=self.hottest_first)
         waves = []
         for moves in copies:  # read, and let go of for the next: a slot holds one copy
             n_bytes = int(ledger.prefix_bytes[[bits for *_, bits in moves]].sum())

@@ -87,6 +87,11 @@ class Policy:
         """The layer call's plan. Raises MemoryBudgetError if the limit does not hold even one expert."""
         return hebf.plan(self.ledger, layer, ids, bits)
 
+    @property
+    def in_core(self) -> bool:
+        """Whether the compiled core may plan by itself, because this is nothing but `hebf.plan`."""
+        return type(self) is Policy
+
     def prefetch(self, layer: int, forecast: I32, bits: int) -> Wave | None:
         """What to read for later layers after this layer's own reads: forecast int32 [tokens, ahead, top_k]."""
         return None
@@ -127,7 +132,7 @@ class WholeExperts(Policy):
 
     def plan(self, layer: int, ids: I32, bits: I32) -> Plan:
         self.use(layer, ids, bits)
-        return super().plan(layer, ids, bits)
+        return hebf.define(self.ledger, layer, ids, bits)
 
     def read_ahead(self, layer: int, target: int, experts: list[int], bits: int) -> Wave | None:
         """A wave that brings `experts` of layer `target` to `bits`, evicting for it what is worth less; those that fit, in order.

@@ -144,6 +144,8 @@ class Engine:
 
     def _pause(self) -> None:
         """Where the core comes back to Python."""
+        if hasattr(self.decoder.program, "plan_by"):
+            self.decoder.program.plan_by(self.ledger.core if self.policy.in_core else None)
         self.decoder.program.pause("decide" if self.policy.decides else "watch" if self._streamer.recorder else "missing")
 
     def new_sequence(self) -> Sequence:

@@ -1,4 +1,7 @@
-"""Plan → executor: where a step waits for experts, their reads are decided on and started; and what all cost is counted."""
+"""Plan → executor: where a step waits for experts, their reads are decided on and started; and what all cost is counted.
+
+For plain HEBF the compiled core does the same by itself (`Program::bring` in csrc/program.cpp) and says afterwards what it did.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,8 @@ class Counters:
     that each makes (2 is an expert's base), the last with what was read ahead. `plans`: layer calls that were decided on.
     `forecast`: choices foreseen for a next layer by policies that look ahead, and `forecast_right` those that came. `uses`,
     `use_bits`: (token, expert) pairs and the sum of their widths; `width_uses` is how many at each width.
-    Seconds: in steps altogether, deciding, in the experts' arithmetic, and waiting for reads while there was nothing to
-    compute.
+    Seconds: in steps altogether, deciding (from a layer's routing until the reads of its first wave were started), in the experts'
+    arithmetic, and waiting for reads while there was nothing to compute.
     """
 
     steps: int = 0
@@ -114,20 +117,29 @@ class Streamer:
 
     def run(self, decoder: Decoder) -> None:
         """Bring the step that was started to its end."""
+        in_core = self.in_core(decoder)
         try:
             while (layer := decoder.run()) >= 0:
                 if self.recorder is not None:
                     forecast = decoder.forecast(self.recorder.ahead)
                     self.recorder.call(*decoder.choices(layer), decoder.program.gates, forecast)
-                if decoder.program.held:  # only watched
-                    continue
-                self.hear(decoder)
-                self._bring(decoder, layer)
+                if not in_core and not decoder.program.held:
+                    self._bring(decoder, layer)
         except self._failure as error:
             raise StorageError(f'{error}; run "d2moe verify" on the model, and check the disk') from None
+        if in_core:
+            plans, missing_bytes, decide_ns, planes = decoder.program.take_planned()
+            c = self.counters
+            c.plans, c.missing_bytes, c.decide_seconds = c.plans + plans, c.missing_bytes + missing_bytes, c.decide_seconds + decide_ns / 1e9
+            if plans:
+                c.planes_missing, c.planes_read = plus(c.planes_missing, planes), plus(c.planes_read, planes)
         self._silent_steps += 1
         if self._silent_steps >= SILENT_STEPS:
             self.hear(decoder)
+
+    def in_core(self, decoder: Decoder) -> bool:
+        """Whether the back end plans by itself, which the NumPy twin and the simulator do not."""
+        return self.policy.in_core and hasattr(decoder.program, "plan_by")
 
     def hear(self, decoder: Decoder) -> None:
         """Tell the ledger of the layers that went by with all their experts in memory; it need not know at once."""
@@ -138,6 +150,7 @@ class Streamer:
     def _bring(self, decoder: Decoder, layer: int) -> None:
         """Start the reads of a layer that waits, and compute all its waves but the last, which `run` does."""
         begin = time.perf_counter()
+        self.hear(decoder)
         self._layer = layer
         c, policy = self.counters, self.policy
         self._call_off()
@@ -152,10 +165,10 @@ class Streamer:
         self._plan = plan = policy.plan(layer, ids, bits)
         c.plans += 1
         c.missing_bytes += plan.missing_bytes
+        self._send(0)
         c.decide_seconds += time.perf_counter() - begin
         if self.timeline is not None:
             self.timeline.decision(begin, layer, plan)
-        self._send(0)
         for index, wave in enumerate(plan.waves[:-1]):
             # The next wave's reads run while this one is computed, unless they need its memory.
             overlap = not self._evicts(index + 1, wave.experts)

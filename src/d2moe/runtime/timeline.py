@@ -19,7 +19,7 @@ from d2moe.errors import ConfigError
 from d2moe.policy.plan import Plan
 from d2moe.types import BASE_BITS
 
-READ, COMPUTE, WAIT = 0, 1, 2
+READ, COMPUTE, WAIT, PLAN = 0, 1, 2, 3
 STEPS, DECISIONS, EXPERTS, READERS = 1, 2, 3, 10
 """Track numbers; reader threads follow READERS."""
 
@@ -45,24 +45,30 @@ class Timeline:
 
     def decision(self, begin_s: float, layer: int, plan: Plan) -> None:
         """A layer call was decided on, from `begin_s` of the performance counter until now."""
-        facts = {"waves": len(plan.waves), "missing_bytes": plan.missing_bytes}
-        now = time.perf_counter()
-        self._decisions.append(_slice(DECISIONS, f"layer {layer}", begin_s * 1e9, now * 1e9, **facts))
+        self._decide(layer, begin_s * 1e9, time.perf_counter() * 1e9, len(plan.waves), plan.missing_bytes)
+
+    def _decide(self, layer: int, begin_ns: float, end_ns: float, waves: int, missing_bytes: int) -> None:
+        facts = {"waves": waves, "missing_bytes": missing_bytes}
+        self._decisions.append(_slice(DECISIONS, f"layer {layer}", begin_ns, end_ns, **facts))
 
     def step(self, begin_s: float, tokens: int) -> None:
         """A step is over: write its events."""
-        events = [_slice(STEPS, f"{tokens} tokens", begin_s * 1e9, time.perf_counter() * 1e9, tokens=tokens), *self._decisions]
-        self._decisions.clear()
+        events = [_slice(STEPS, f"{tokens} tokens", begin_s * 1e9, time.perf_counter() * 1e9, tokens=tokens)]
         rows = self._experts.take_events().tolist()
         for (kind, layer, begin, end), same in groupby(rows, key=lambda r: (r[0], r[1], r[6], r[7])):
             group = list(same)
             if kind == WAIT:
                 events.append(_slice(EXPERTS, f"wait, layer {layer}", begin, end))
+            elif kind == PLAN:
+                for _, _, waves, missing_bytes, *_ in group:
+                    self._decide(layer, begin, end, waves, missing_bytes)
             elif kind == COMPUTE:
                 what = ", ".join(f"{expert} at {bits}" for _, _, expert, _, bits, *_ in group)
                 events.append(_slice(EXPERTS, f"layer {layer}: {what} bits", begin, end, experts=[r[2] for r in group]))
             else:
                 events += [self._read(row) for row in group]
+        events += self._decisions
+        self._decisions.clear()
         try:
             self._file.writelines(json.dumps(event) + ",\n" for event in events)
             self._file.flush()
