@@ -179,10 +179,18 @@ struct PyExperts {
   }
 
   // moves int32 [n, 3] of layer, expert, bits.
-  void evict(In<int32_t> moves) { each(moves, [&](int64_t l, int64_t e, int b) { executor.evict(l, e, b); }); }
-  void cancel(In<int32_t> moves) { each(moves, [&](int64_t l, int64_t e, int) { executor.cancel(l, e); }); }
+  void evict(In<int32_t> moves) {
+    each(moves, [&](const Move* m, size_t n) {
+      for (size_t i = 0; i < n; ++i) executor.evict(m[i].layer, m[i].expert, m[i].bits);
+    });
+  }
+  void cancel(In<int32_t> moves) {
+    each(moves, [&](const Move* m, size_t n) {
+      for (size_t i = 0; i < n; ++i) executor.cancel(m[i].layer, m[i].expert);
+    });
+  }
   void read(In<int32_t> moves, bool may_wait) {
-    each(moves, [&](int64_t l, int64_t e, int b) { executor.read(l, e, b, may_wait); });
+    each(moves, [&](const Move* m, size_t n) { executor.read(m, n, may_wait); });
   }
 
   // int64 [n, 8]: kind, layer, expert, from, to, lane, begin and end in nanoseconds of the steady clock.
@@ -193,13 +201,14 @@ struct PyExperts {
     return nb::ndarray<nb::numpy, int64_t, nb::c_contig>(kept->data(), {kept->size(), 8}, owner);
   }
 
-  template <class F> void each(In<int32_t>& moves, F f) {
-    expect(moves.ndim() == 2 && moves.shape(1) == 3, "moves is int32 [n, 3]: layer, expert, bits");
-    const int32_t* p = moves.data();
-    for (size_t i = 0; i < moves.shape(0); ++i, p += 3) check(p[0], p[1], p[2]);
-    p = moves.data();
+  template <class F> void each(In<int32_t>& rows, F f) {
+    expect(rows.ndim() == 2 && rows.shape(1) == 3, "moves is int32 [n, 3]: layer, expert, bits");
+    static_assert(sizeof(Move) == 3 * sizeof(int32_t));
+    const Move* moves = reinterpret_cast<const Move*>(rows.data());
+    const size_t n = rows.shape(0);
+    for (size_t i = 0; i < n; ++i) check(moves[i].layer, moves[i].expert, moves[i].bits);
     nb::gil_scoped_release free;
-    for (size_t i = 0; i < moves.shape(0); ++i, p += 3) f(p[0], p[1], p[2]);
+    f(moves, n);
   }
 };
 

@@ -41,10 +41,30 @@ void Executor::evict(int64_t layer, int64_t expert, int bits) {
   e.width = e.settled = std::min(e.width, bits < kBaseBits ? 0 : bits);
 }
 
-void Executor::read(int64_t layer, int64_t expert, int bits, bool may_wait) {
+void Executor::read(const Move* moves, size_t count, bool may_wait) {
+  try {
+    for (size_t i = 0; i < count; ++i) ask(moves[i], may_wait);
+  } catch (...) { // what was asked for before is on its way
+    submit_asked(may_wait);
+    throw;
+  }
+  submit_asked(may_wait);
+}
+
+void Executor::submit_asked(bool may_wait) {
+  reader_.submit(asked_.data(), asked_.size(), may_wait);
+  asked_.clear();
+}
+
+void Executor::ask(const Move& move, bool may_wait) {
+  const int64_t layer = move.layer, expert = move.expert;
+  const int bits = move.bits;
   Expert& e = at(layer, expert);
   if (bits <= e.width) return;
-  if (e.request) settle(layer, expert);
+  if (e.request) {
+    submit_asked(may_wait); // it may be among them
+    settle(layer, expert);
+  }
   auto r = std::make_unique<ReadRequest>();
   const int64_t record = shape_.base_bytes + kPlanes * shape_.plane_bytes;
   r->file = int(layer);
@@ -73,7 +93,7 @@ void Executor::read(int64_t layer, int64_t expert, int bits, bool may_wait) {
   ++on_their_way_;
   counters_.read_bytes += e.request->bytes;
   ++counters_.reads;
-  reader_.submit(e.request.get(), may_wait);
+  asked_.push_back(e.request.get());
 }
 
 void Executor::cancel(int64_t layer, int64_t expert) {

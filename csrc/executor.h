@@ -56,9 +56,9 @@ public:
   bool begun() const { return layer_ >= 0; }
   // Keeps only the planes up to `bits` (0: nothing).
   void evict(int64_t layer, int64_t expert, int bits);
-  // Starts reading planes so that the expert has `bits`; returns at once. One that may wait is read when nothing else is to be read, at
-  // the latest when it is needed.
-  void read(int64_t layer, int64_t expert, int bits, bool may_wait = false);
+  // Starts reading planes so that the experts have their bits; returns at once. Those that may wait are read when nothing else is to be
+  // read, at the latest when they are needed.
+  void read(const Move* moves, size_t count, bool may_wait = false);
   // Takes the expert's read back if it may wait and has not begun.
   void cancel(int64_t layer, int64_t expert);
 
@@ -99,6 +99,8 @@ private:
   const Expert& at(int64_t layer, int64_t expert) const { return experts_[size_t(layer * shape_.experts + expert)]; }
   bool settle(int64_t layer, int64_t expert); // true when nothing is on its way; throws StorageFailure
   void settle_all_quietly();
+  void ask(const Move& move, bool may_wait); // puts what is to be read into asked_
+  void submit_asked(bool may_wait);
   Matrix matrix(const Expert& e, int projection) const;
   void compute_groups(const std::vector<Group*>& groups);
   void compute_batch(Group* const* groups, size_t count);
@@ -110,6 +112,7 @@ private:
   std::vector<Expert> experts_;
   std::vector<int32_t> widest_; // of each expert of a layer, all 0 between uses
   Reader reader_;
+  std::vector<ReadRequest*> asked_; // and not submitted
   ExecutorCounters counters_;
   int64_t on_their_way_ = 0;
   bool logging_ = false;

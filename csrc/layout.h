@@ -17,6 +17,10 @@ constexpr int kPlaneBit[8] = {0, 2, 4, 6, 1, 3, 5, 7};
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+struct Move { // of an expert's planes
+  int32_t layer, expert, bits; // that stay, or to have
+};
+
 // One matrix: `rows` x `cols` padded to whole tiles and whole groups.
 struct MatrixShape {
   int64_t rows = 0, cols = 0; // as the model sees them

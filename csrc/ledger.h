@@ -15,10 +15,6 @@ struct NoRoom : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-struct Move {
-  int32_t layer, expert, bits; // that stay, or to have
-};
-
 // One step of a layer call: evict, then start reading, in order, then compute.
 struct Wave {
   std::vector<Move> evict, read;

@@ -249,10 +249,9 @@ void Program::bring(int64_t moe_index) {
 
 void Program::send(const Wave& wave) {
   for (const Move& move : wave.evict) experts_.evict(move.layer, move.expert, move.bits);
-  for (const Move& move : wave.read) {
+  for (const Move& move : wave.read)
     for (int b = std::max(kBaseBits, experts_.width(move.layer, move.expert) + 1); b <= move.bits; ++b) ++planned_.read[size_t(b)];
-    experts_.read(move.layer, move.expert, move.bits);
-  }
+  experts_.read(wave.read.data(), wave.read.size());
 }
 
 void Program::abandon() {

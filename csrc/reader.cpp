@@ -53,13 +53,18 @@ Reader::~Reader() {
   for (int f : files_) close(f);
 }
 
-void Reader::submit(ReadRequest* request, bool may_wait) {
-  if (threads_.empty()) return serve(*request, 0);
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    (may_wait ? idle_ : queue_).push_back(request);
+void Reader::submit(ReadRequest* const* requests, size_t count, bool may_wait) {
+  if (!count) return;
+  if (threads_.empty()) {
+    for (size_t i = 0; i < count; ++i) serve(*requests[i], 0);
+    return;
   }
-  work_.notify_one();
+  {
+    std::lock_guard<std::mutex> lock(mutex_); // once: the first thread that wakes would hold it against the second request
+    std::deque<ReadRequest*>& to = may_wait ? idle_ : queue_;
+    to.insert(to.end(), requests, requests + count);
+  }
+  work_.notify_one(); // the one that wakes wakes the next: the caller has arithmetic to do
 }
 
 bool Reader::withdraw(ReadRequest* request) {
@@ -86,6 +91,7 @@ void Reader::work(int lane) {
       ++reading_;
       request = from.front();
       from.pop_front();
+      if (!queue_.empty()) work_.notify_one();
     }
     serve(*request, lane);
     std::lock_guard<std::mutex> lock(mutex_);

@@ -37,11 +37,11 @@ public:
   Reader(const Reader&) = delete;
   Reader& operator=(const Reader&) = delete;
 
-  // One that may wait is begun when no other is queued or being read, so in the disk's idle time only and one by one.
-  void submit(ReadRequest* request, bool may_wait = false);
+  // Those that may wait are begun when no other is queued or being read, so in the disk's idle time only and one by one.
+  void submit(ReadRequest* const* requests, size_t count, bool may_wait = false);
   bool withdraw(ReadRequest* request); // false if it has begun, or was never to wait
   void hurry(ReadRequest* request) {
-    if (withdraw(request)) submit(request);
+    if (withdraw(request)) submit(&request, 1);
   }
   // Blocks until some request has finished since `seen` (a value of finished()).
   void wait(uint64_t seen);

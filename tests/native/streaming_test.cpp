@@ -98,7 +98,8 @@ void test_reader(Random& random, const std::string& path, const std::vector<uint
         r->pieces[r->piece_count++] = {memory.back().get(), size};
         r->bytes += int64_t(size);
       }
-      reader.submit(r.get());
+      ReadRequest* request = r.get();
+      reader.submit(&request, 1);
       requests.push_back(std::move(r));
     }
     if (random.once_in(5)) continue; // the reader ends with requests in its queue
@@ -205,6 +206,11 @@ bool make_room(Random& random, Executor& e, const ExpertShape& s, int64_t limit,
   return true;
 }
 
+void read(Executor& e, int64_t layer, int64_t expert, int bits, bool may_wait = false) {
+  const Move move{int32_t(layer), int32_t(expert), bits};
+  e.read(&move, 1, may_wait);
+}
+
 // `broken` is a layer whose file ends in the middle, or -1.
 void test_executor(Random& random, const std::vector<std::string>& paths, const std::vector<std::string>& whole, int64_t broken, int rounds) {
   const ExpertShape s = shape_of();
@@ -213,7 +219,7 @@ void test_executor(Random& random, const std::vector<std::string>& paths, const 
   Executor oracle(other, s, whole, offsets, false, 1);
   oracle.set_limit(kLayers * kExperts * record_bytes(s));
   for (int64_t l = 0; l < kLayers; ++l)
-    for (int64_t x = 0; x < kExperts; ++x) oracle.read(l, x, kMaxBits);
+    for (int64_t x = 0; x < kExperts; ++x) read(oracle, l, x, kMaxBits);
   Executor e(rt, s, paths, offsets, random.once_in(2), 1 + int(random.below(5)));
   int64_t limit = 4 * record_bytes(s), failures = 0;
   e.set_limit(limit);
@@ -228,7 +234,7 @@ void test_executor(Random& random, const std::vector<std::string>& paths, const 
       }
       if (random.once_in(3)) { // a read that nobody waits for yet, perhaps evicted before it is used
         const int64_t l = random.below(kLayers), x = random.below(kExperts);
-        if (make_room(random, e, s, limit, record_bytes(s), l, {{int32_t(x), 0}})) e.read(l, x, kBaseBits + int(random.below(7)), random.once_in(2));
+        if (make_room(random, e, s, limit, record_bytes(s), l, {{int32_t(x), 0}})) read(e, l, x, kBaseBits + int(random.below(7)), random.once_in(2));
         if (random.once_in(3)) e.cancel(l, x);
         if (random.once_in(2)) e.evict(l, x, 0);
       }
@@ -251,7 +257,9 @@ void test_executor(Random& random, const std::vector<std::string>& paths, const 
         int64_t more = 0;
         for (const auto& [x, b] : wave) more += std::max<int64_t>(0, bytes_of(s, b) - bytes_of(s, e.width(step.layer, x)));
         REQUIRE(make_room(random, e, s, limit, more, step.layer, wave));
-        for (const auto& [x, b] : wave) e.read(step.layer, x, b);
+        std::vector<Move> moves;
+        for (const auto& [x, b] : wave) moves.push_back({int32_t(step.layer), x, b});
+        e.read(moves.data(), moves.size());
         if (stop >= 0 && int64_t(at) > stop) { // as when the step is interrupted: reads are on their way
           e.abandon();
           stopped = true;

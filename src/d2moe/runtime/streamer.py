@@ -130,7 +130,9 @@ class Streamer:
         if in_core:
             plans, missing_bytes, decide_ns, planes = decoder.program.take_planned()
             c = self.counters
-            c.plans, c.missing_bytes, c.decide_seconds = c.plans + plans, c.missing_bytes + missing_bytes, c.decide_seconds + decide_ns / 1e9
+            c.plans += plans
+            c.missing_bytes += missing_bytes
+            c.decide_seconds += decide_ns / 1e9
             if plans:
                 c.planes_missing, c.planes_read = plus(c.planes_missing, planes), plus(c.planes_read, planes)
         self._silent_steps += 1
