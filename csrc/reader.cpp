@@ -9,11 +9,33 @@
 #include <system_error>
 #include <unistd.h>
 
+#if defined(__linux__)
+#include <sched.h>
+#include <sys/syscall.h>
+#endif
+
 namespace d2moe {
 namespace {
 
 int64_t steady_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// A thread that wakes to start a read is to run before arithmetic that has its CPU, or the disk waits for the end of that one's slice: a
+// shorter slice than others' says so. Linux 6.12 and later; elsewhere nothing changes.
+void prefer_short_slices() {
+#if defined(__linux__) && defined(SYS_sched_setattr)
+  struct {
+    uint32_t size, policy;
+    uint64_t flags;
+    int32_t nice;
+    uint32_t priority;
+    uint64_t runtime, deadline, period; // runtime: the slice in nanoseconds
+  } attributes{};
+  if (syscall(SYS_sched_getattr, 0, &attributes, sizeof attributes, 0u) || attributes.policy != SCHED_OTHER) return;
+  attributes.runtime = 100'000;
+  (void)syscall(SYS_sched_setattr, 0, &attributes, 0u);
+#endif
 }
 
 } // namespace
@@ -81,6 +103,7 @@ void Reader::wait(uint64_t seen) {
 }
 
 void Reader::work(int lane) {
+  prefer_short_slices();
   for (;;) {
     ReadRequest* request;
     {
