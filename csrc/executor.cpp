@@ -43,7 +43,10 @@ void Executor::evict(int64_t layer, int64_t expert, int bits) {
 
 void Executor::read(const Move* moves, size_t count, bool may_wait) {
   try {
-    for (size_t i = 0; i < count; ++i) ask(moves[i], may_wait);
+    for (size_t i = 0; i < count; ++i) {
+      ask(moves[i], may_wait);
+      if (!i) submit_asked(may_wait); // the disk need not wait for the others' slots
+    }
   } catch (...) { // what was asked for before is on its way
     submit_asked(may_wait);
     throw;

@@ -1,5 +1,6 @@
 #include "slots.h"
 
+#include <algorithm>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -47,6 +48,26 @@ bool Slots::cool(Arena& a) {
   return true;
 }
 
+bool Slots::move_pages(uint8_t* from, uint8_t* to, int64_t bytes) {
+#if defined(__linux__) && defined(MREMAP_DONTUNMAP)
+  use_huge(false); // or the kernel would fill the gap again
+  if (mremap(from, size_t(bytes), size_t(bytes), MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, to) == to) return true;
+  // Too many mappings, or a kernel before 5.7; what was there may be gone.
+  if (mmap(to, size_t(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED)
+    throw std::bad_alloc();
+#endif
+  return false;
+}
+
+uint8_t* Slots::unused(Arena& a) {
+  if (!a.cold.empty()) {
+    uint8_t* p = a.cold.back();
+    a.cold.pop_back();
+    return p;
+  }
+  return a.fresh == a.count ? nullptr : a.memory + a.bytes * a.fresh++;
+}
+
 void Slots::set_limit(int64_t bytes) {
   if (used_bytes() > bytes)
     throw std::runtime_error("the slots in use hold " + std::to_string(used_bytes()) + " bytes, more than the new limit of " +
@@ -64,16 +85,28 @@ uint8_t* Slots::take(Arena& a) {
     a.warm.pop_back();
   } else {
     Arena& other = &a == &base_ ? plane_ : base_;
-    while (committed_bytes() + a.bytes > limit_)
-      if (!cool(other))
-        throw std::runtime_error("no slot of " + std::to_string(a.bytes) + " bytes is left: " +
-                                 std::to_string(used_bytes()) + " of " + std::to_string(limit_) + " bytes are in use");
-    if (!a.cold.empty()) {
-      p = a.cold.back();
-      a.cold.pop_back();
-    } else {
-      if (a.fresh == a.count) throw std::runtime_error("all " + std::to_string(a.count) + " slots are in use");
-      p = a.memory + a.bytes * a.fresh++;
+    const int64_t least = committed_bytes() + a.bytes - limit_;
+    const int64_t donors = least > 0 ? (least + other.bytes - 1) / other.bytes : 0;
+    if (donors > int64_t(other.warm.size()))
+      throw std::runtime_error("no slot of " + std::to_string(a.bytes) + " bytes is left: " + std::to_string(used_bytes()) + " of " +
+                               std::to_string(limit_) + " bytes are in use");
+    p = unused(a);
+    if (!p) throw std::runtime_error("all " + std::to_string(a.count) + " slots are in use");
+    for (int64_t i = 0, at = 0; i < donors; ++i) {
+      uint8_t* donor = other.warm.back();
+      int64_t given = std::min(a.bytes - at, other.bytes);
+      if (given > 0 && move_pages(donor, p + at, given)) {
+        at += given;
+        while (other.bytes - given >= a.bytes) { // a base's pages are enough for more than one plane
+          uint8_t* more = unused(a);
+          if (!more) break;
+          move_pages(donor + given, more, a.bytes);
+          given += a.bytes;
+          a.warm.push_back(more);
+          ++a.committed;
+        }
+      }
+      cool(other); // with what is left
     }
     ++a.committed;
   }

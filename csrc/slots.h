@@ -41,6 +41,10 @@ private:
   uint8_t* take(Arena& a);
   void give(Arena& a, uint8_t* p);
   bool cool(Arena& a); // gives one free slot's pages back
+  // The pages of a free slot go to one of the other kind; false where they cannot. Fresh pages have to be zeroed, which takes longer than
+  // a read, and where widths differ slots of the two kinds change places all the time.
+  bool move_pages(uint8_t* from, uint8_t* to, int64_t bytes);
+  uint8_t* unused(Arena& a); // a slot without pages, or null
   Arena base_, plane_;
   int64_t limit_ = 0;
   bool huge_ = false, cooled_ = false;

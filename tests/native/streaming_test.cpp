@@ -14,6 +14,7 @@
 #include <map>
 #include <random>
 #include <string>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -35,6 +36,31 @@ struct Random {
 };
 
 // ---- slots -------------------------------------------------------------------------------------------------------------
+
+// Where the system can, a base's pages become those of two planes and back, instead of fresh ones.
+void test_pages_change_kind() {
+#if defined(__linux__) && defined(MREMAP_DONTUNMAP)
+  constexpr size_t kPage = 4096;
+  void* a = mmap(nullptr, 2 * kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  REQUIRE(a != MAP_FAILED);
+  void* b = static_cast<char*>(a) + kPage;
+  if (mremap(a, kPage, kPage, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, b) != b) return;
+  munmap(a, 2 * kPage);
+  Slots slots(2 * kPage, 4, kPage, 24);
+  slots.set_limit(2 * kPage);
+  uint8_t* base = slots.take_base();
+  std::memset(base, 1, kPage);
+  std::memset(base + kPage, 2, kPage);
+  slots.free_base(base);
+  uint8_t *one = slots.take_plane(), *two = slots.take_plane();
+  REQUIRE(one[0] + two[0] == 3 && one[kPage - 1] + two[kPage - 1] == 3 && slots.committed_bytes() == 2 * kPage);
+  slots.free_plane(one);
+  slots.free_plane(two);
+  base = slots.take_base();
+  REQUIRE(base[0] + base[kPage] == 3 && slots.committed_bytes() == 2 * kPage);
+  slots.free_base(base);
+#endif
+}
 
 void test_slots(Random& random, int rounds) {
   constexpr int64_t kBase = 8192, kPlane = 4096, kCount = 24;
@@ -318,6 +344,7 @@ int main(int argc, char** argv) {
     paths.push_back(folder + "/layer-" + std::to_string(l));
     write_file(paths.back(), content);
   }
+  test_pages_change_kind();
   test_slots(random, rounds);
   test_pool(random, rounds);
   test_reader(random, paths.back(), content, rounds / 2);
