@@ -50,9 +50,10 @@ bool Slots::cool(Arena& a) {
 
 bool Slots::move_pages(uint8_t* from, uint8_t* to, int64_t bytes) {
 #if defined(__linux__) && defined(MREMAP_DONTUNMAP)
+  if (base_.fresh + plane_.fresh > kMostMoved) return false;
   use_huge(false); // or the kernel would fill the gap again
   if (mremap(from, size_t(bytes), size_t(bytes), MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, to) == to) return true;
-  // Too many mappings, or a kernel before 5.7; what was there may be gone.
+  // A kernel before 5.7, or no memory for the mapping; what was there may be gone.
   if (mmap(to, size_t(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED)
     throw std::bad_alloc();
 #endif

@@ -9,6 +9,7 @@
 namespace d2moe {
 
 constexpr int64_t kHugeLimit = int64_t(256) << 20;
+constexpr int64_t kMostMoved = 16384; // slots with which pages are moved: each may become a mapping of its own, and a process has 65,530
 
 class Slots {
 public:
