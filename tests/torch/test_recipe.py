@@ -29,7 +29,9 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(signal, "signal", lambda number, act: None)  # a run takes Ctrl-C over
     for name in ("train", "text", "experts"):
         sys.modules.pop(name, None)
-    return importlib.import_module("train")
+    train = importlib.import_module("train")
+    monkeypatch.setattr(train, "prepare_cpu", lambda: None)  # it would keep the memory of all other tests, too
+    return train
 
 
 @pytest.fixture
