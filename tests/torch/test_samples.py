@@ -40,7 +40,7 @@ def test_windows_are_drawn_from_the_model(tmp_path: Path) -> None:
     )
     assert found.shape == (7, 24) and (found[:, 0] == END).all()
     assert len({row.tobytes() for row in found}) == 7
-    engine = Engine.load(plain, EngineConfig(bits=8, memory_bytes=10**9))
+    engine = Engine.load(plain, EngineConfig(bits=8, memory_bytes=4 * 10**9))  # the process holds what other tests left, too
     try:
         for index in range(7):
             logits = engine.step([Chunk(sequence := engine.new_sequence(), found[index], 8, "all", True)])
