@@ -267,6 +267,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(given)
     if not args.minutes and not args.tokens:
         parser.error("say how long to train: --minutes or --tokens")
+    for path in [*map(Path, args.text), Path(args.tokenizer) / "tokenizer.json"]:
+        if not path.is_file():
+            parser.error(f"{path} does not exist; --text takes files, --tokenizer a folder with a tokenizer.json")
     return args
 
 

@@ -74,6 +74,17 @@ def test_experts_are_those_of_transformers(recipe: ModuleType, given: list[str],
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
 
 
+def test_files_that_are_not_there_are_named(
+    recipe: ModuleType, given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option, name in (("--text", "absent.txt"), ("--tokenizer", "absent")):
+        wrong = [*given]
+        wrong[wrong.index(option) + 1] = str(tmp_path / name)
+        with pytest.raises(SystemExit):
+            recipe.arguments([*wrong, "--out", str(tmp_path / "run"), "--tokens", "1"])
+        assert f"{tmp_path / name}" in capsys.readouterr().err
+
+
 def test_windows_come_once_each(recipe: ModuleType) -> None:
     text = importlib.import_module("text")
     tokens = np.arange(1000, dtype=np.uint16)
