@@ -1,8 +1,7 @@
 // The only file, with bindings_kernels.cpp and bindings_ledger.cpp, that knows Python: arrays are checked here, the GIL is released here.
+#include "bindings.h"
 #include "program.h"
 
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
@@ -10,21 +9,11 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-namespace nb = nanobind;
-using namespace nb::literals;
 using namespace d2moe;
-
-void bind_kernels(nb::module_& m);
-void bind_ledger(nb::module_& m);
 
 namespace {
 
 template <class T> using Array = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
-template <class T> using In = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
-
-void expect(bool ok, const std::string& what) {
-  if (!ok) throw std::invalid_argument(what);
-}
 
 template <class A> void expect_size(const A& a, int64_t size, const char* name) {
   expect(int64_t(a.size()) == size,

@@ -1,12 +1,11 @@
 // Kernels and encoder as Python sees them, for conversion, tests and benchmarks. The engine itself calls them in C++.
+#include "bindings.h"
 #include "encode.h"
 #include "feedback.h"
 #include "rotate.h"
 #include "kernels.h"
 #include "sampling.h"
 
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -22,21 +21,11 @@
 #include <sys/mman.h>
 #include <thread>
 
-namespace nb = nanobind;
-using namespace nb::literals;
 using namespace d2moe;
-
-void bind_kernels(nb::module_& m);
 
 namespace {
 
-template <class T> using In = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
-template <class T> using Out = nb::ndarray<nb::numpy, T, nb::c_contig, nb::device::cpu>;
 using Shape = std::vector<size_t>;
-
-void expect(bool ok, const std::string& what) {
-  if (!ok) throw std::invalid_argument(what);
-}
 
 std::string text(const Shape& shape) {
   std::string s = "[";

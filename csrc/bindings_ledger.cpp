@@ -1,8 +1,7 @@
 // The ledger as Python sees it, d2moe.policy.ledger.
+#include "bindings.h"
 #include "ledger.h"
 
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -11,20 +10,9 @@
 #include <string>
 #include <tuple>
 
-namespace nb = nanobind;
-using namespace nb::literals;
 using namespace d2moe;
 
-void bind_ledger(nb::module_& m);
-
 namespace {
-
-template <class T> using In = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
-template <class T> using Out = nb::ndarray<nb::numpy, T, nb::c_contig, nb::device::cpu>;
-
-void expect(bool ok, const std::string& what) {
-  if (!ok) throw std::invalid_argument(what);
-}
 
 void expect_calls(const Ledger& l, int64_t first, int64_t count, const In<int32_t>& ids, const In<int32_t>& bits) {
   expect(first >= 0 && first + count <= l.layers,
