@@ -141,24 +141,29 @@ struct PyExperts {
   ExpertShape shape;
 
   PyExperts(Runtime& rt, int64_t layers, int64_t experts, int64_t hidden, int64_t inner, int group, int64_t base_bytes,
-            int64_t plane_bytes, const std::vector<std::string>& paths, std::vector<int64_t> offsets, bool direct, int depth,
+            int64_t plane_bytes, const std::vector<std::string>& paths, In<int64_t> offsets, In<int64_t> kept, bool direct, int depth,
             int rotation)
-      : executor(rt, checked(layers, experts, hidden, inner, group, base_bytes, plane_bytes, paths, offsets, rotation), paths,
-                 offsets, direct, depth),
+      : executor(rt, checked(layers, experts, hidden, inner, group, base_bytes, plane_bytes, paths, offsets, kept, rotation), paths,
+                 {offsets.data(), offsets.data() + offsets.size()}, {kept.data(), kept.data() + kept.size()}, direct, depth),
         shape{layers, experts, hidden, inner, group, base_bytes, plane_bytes, rotation} {}
 
   static ExpertShape checked(int64_t layers, int64_t experts, int64_t hidden, int64_t inner, int group, int64_t base_bytes,
-                             int64_t plane_bytes, const std::vector<std::string>& paths, const std::vector<int64_t>& offsets,
-                             int rotation) {
+                             int64_t plane_bytes, const std::vector<std::string>& paths, const In<int64_t>& offsets,
+                             const In<int64_t>& kept, int rotation) {
     expect_rotation(rotation);
     const MatrixShape wide{inner, hidden, group}, down{hidden, inner, group};
-    expect(int64_t(paths.size()) == layers && int64_t(offsets.size()) == layers, "one file and one offset a layer");
+    expect(int64_t(paths.size()) == layers, "one file a layer");
+    expect_size(offsets, layers * experts, "offsets");
+    expect_size(kept, layers * experts, "kept");
     expect(base_bytes % kAlign == 0 && plane_bytes % kAlign == 0, "segments must be multiples of 4096 bytes");
     const auto base = [](const MatrixShape& m) { return m.affine_bytes() + m.row_scale_bytes() + m.base_bytes(); };
     expect(base_bytes >= 2 * base(wide) + base(down) &&
                plane_bytes >= 2 * wide.plane_bytes() + down.plane_bytes(),
            "segments are smaller than the matrices in them");
-    for (int64_t o : offsets) expect(o % kAlign == 0, "records must begin at multiples of 4096 bytes");
+    for (int64_t i = 0; i < layers * experts; ++i) {
+      expect(offsets.data()[i] % kAlign == 0, "records must begin at multiples of 4096 bytes");
+      expect(kept.data()[i] >= kBaseBits && kept.data()[i] <= kMaxBits, "records have 2 to 8 bits");
+    }
     return {layers, experts, hidden, inner, group, base_bytes, plane_bytes, rotation};
   }
 
@@ -402,9 +407,9 @@ NB_MODULE(_native, m) {
            "norm"_a.none(), "eps"_a, "rotation"_a = 0);
   nb::class_<PyExperts>(m, "Experts")
       .def(nb::init<Runtime&, int64_t, int64_t, int64_t, int64_t, int, int64_t, int64_t, const std::vector<std::string>&,
-                    std::vector<int64_t>, bool, int, int>(),
+                    In<int64_t>, In<int64_t>, bool, int, int>(),
            nb::keep_alive<1, 2>(), "runtime"_a, "layers"_a, "experts"_a, "hidden"_a, "inner"_a, "group"_a, "base_bytes"_a,
-           "plane_bytes"_a, "paths"_a, "offsets"_a, "direct"_a, "depth"_a, "rotation"_a = 0)
+           "plane_bytes"_a, "paths"_a, "offsets"_a, "kept"_a, "direct"_a, "depth"_a, "rotation"_a = 0)
       .def("set_limit", [](PyExperts& e, int64_t bytes) { e.executor.set_limit(bytes); })
       .def("width", [](const PyExperts& e, int64_t layer, int64_t expert) {
         e.check(layer, expert, 2);

@@ -18,8 +18,9 @@ MatrixShape projection_shape(const ExpertShape& s, int projection) {
 } // namespace
 
 Executor::Executor(Runtime& rt, const ExpertShape& shape, const std::vector<std::string>& paths,
-                   std::vector<int64_t> offsets, bool direct, int depth)
-    : rt_(rt), shape_(shape), offsets_(std::move(offsets)),
+                   std::vector<int64_t> offsets, std::vector<int64_t> kept, bool direct, int depth)
+    : rt_(rt), shape_(shape), offsets_(std::move(offsets)), kept_(std::move(kept)),
+      whole_(std::all_of(kept_.begin(), kept_.end(), [](int64_t bits) { return bits == kMaxBits; })),
       slots_(shape.base_bytes, shape.layers * shape.experts, shape.plane_bytes, shape.layers * shape.experts * kPlanes),
       experts_(size_t(shape.layers * shape.experts)), widest_(size_t(shape.experts)), reader_(paths, direct, depth) {}
 
@@ -61,7 +62,8 @@ void Executor::submit_asked(bool may_wait) {
 
 void Executor::ask(const Move& move, bool may_wait) {
   const int64_t layer = move.layer, expert = move.expert;
-  const int bits = move.bits;
+  const size_t place = size_t(layer * shape_.experts + expert);
+  const int bits = std::min(move.bits, int32_t(kept_[place]));
   Expert& e = at(layer, expert);
   if (bits <= e.width) return;
   if (e.request) {
@@ -69,10 +71,8 @@ void Executor::ask(const Move& move, bool may_wait) {
     settle(layer, expert);
   }
   auto r = std::make_unique<ReadRequest>();
-  const int64_t record = shape_.base_bytes + kPlanes * shape_.plane_bytes;
   r->file = int(layer);
-  r->offset = offsets_[size_t(layer)] + expert * record +
-              (e.width ? shape_.base_bytes + (e.width - kBaseBits) * shape_.plane_bytes : 0);
+  r->offset = offsets_[place] + (e.width ? shape_.base_bytes + (e.width - kBaseBits) * shape_.plane_bytes : 0);
   const int had = e.width;
   if (!e.width) {
     e.base = slots_.take_base();
@@ -157,6 +157,12 @@ Matrix Executor::matrix(const Expert& e, int projection) const {
   m.affine = affine + projection * wide.affine_bytes();
   for (int p = 0; p < kPlanes; ++p) m.planes[p] = e.planes[p] ? e.planes[p] + projection * wide.plane_bytes() : nullptr;
   return m;
+}
+
+void Executor::limit(int64_t layer, int64_t pairs, const int32_t* ids, int32_t* bits) const {
+  if (whole_) return;
+  const int64_t* kept = kept_.data() + layer * shape_.experts;
+  for (int64_t i = 0; i < pairs; ++i) bits[i] = std::min(bits[i], int32_t(kept[ids[i]]));
 }
 
 bool Executor::holds(int64_t layer, int64_t pairs, const int32_t* ids, const int32_t* bits) const {

@@ -42,13 +42,15 @@ struct Event {
 
 class Executor {
 public:
-  // paths[l], offsets[l]: file of layer l and where its first record begins.
+  // paths[l]: file of layer l; offsets[l * experts + e], kept[l * experts + e]: where in it a record begins, and how many bits it has.
   Executor(Runtime& rt, const ExpertShape& shape, const std::vector<std::string>& paths, std::vector<int64_t> offsets,
-           bool direct, int depth);
+           std::vector<int64_t> kept, bool direct, int depth);
   ~Executor();
 
   void set_limit(int64_t bytes) { slots_.set_limit(bytes); }
   int width(int64_t layer, int64_t expert) const { return at(layer, expert).width; }
+  // Lowers bits[i] to what the record of ids[i] has.
+  void limit(int64_t layer, int64_t pairs, const int32_t* ids, int32_t* bits) const;
   // Whether every expert ids[i] has (or is being read up to) bits[i].
   bool holds(int64_t layer, int64_t pairs, const int32_t* ids, const int32_t* bits) const;
   // Adds `sign` to wanted[b] for each expert of which these choices ask b bits at most.
@@ -56,7 +58,7 @@ public:
   bool begun() const { return layer_ >= 0; }
   // Keeps only the planes up to `bits` (0: nothing).
   void evict(int64_t layer, int64_t expert, int bits);
-  // Starts reading planes so that the experts have their bits; returns at once. Those that may wait are read when nothing else is to be
+  // Starts reading planes so that the experts have their bits, or those that their records have; returns at once. Those that may wait are read when nothing else is to be
   // read, at the latest when they are needed.
   void read(const Move* moves, size_t count, bool may_wait = false);
   // Takes the expert's read back if it may wait and has not begun.
@@ -107,7 +109,8 @@ private:
 
   Runtime& rt_;
   ExpertShape shape_;
-  std::vector<int64_t> offsets_;
+  std::vector<int64_t> offsets_, kept_;
+  const bool whole_; // all records have all bits
   Slots slots_;
   std::vector<Expert> experts_;
   std::vector<int32_t> widest_; // of each expert of a layer, all 0 between uses

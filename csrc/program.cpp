@@ -122,6 +122,7 @@ int64_t Program::run() {
       int32_t* wide = bits(layer.moe_index);
       choose_widths(rt_, layer.widths ? &*layer.widths : nullptr, shape_.hidden, tokens_, shape_.top_k, x, h, chosen, gates_.data(),
                     {least_.data(), most_.data(), price_.data()}, wide);
+      experts_.limit(layer.moe_index, tokens_ * shape_.top_k, chosen, wide);
       routed_ = true;
       experts_.count_wanted(tokens_ * shape_.top_k, chosen, wide, 1, wanted_);
       held_ = pause_ != Pause::decide && experts_.holds(layer.moe_index, tokens_ * shape_.top_k, chosen, wide);
@@ -195,6 +196,7 @@ void Program::choose(const int32_t* widths, const float* gates) {
   const int64_t pairs = tokens_ * shape_.top_k, layer = layers_[next_].moe_index;
   experts_.count_wanted(pairs, ids(layer), bits(layer), -1, wanted_);
   std::copy_n(widths, pairs, bits(layer));
+  experts_.limit(layer, pairs, ids(layer), bits(layer));
   experts_.count_wanted(pairs, ids(layer), bits(layer), 1, wanted_);
   if (gates) std::copy_n(gates, pairs, gates_.data());
 }

@@ -240,13 +240,15 @@ void read(Executor& e, int64_t layer, int64_t expert, int bits, bool may_wait = 
 // `broken` is a layer whose file ends in the middle, or -1.
 void test_executor(Random& random, const std::vector<std::string>& paths, const std::vector<std::string>& whole, int64_t broken, int rounds) {
   const ExpertShape s = shape_of();
-  const std::vector<int64_t> offsets(size_t(kLayers), 0);
+  std::vector<int64_t> offsets;
+  for (int64_t i = 0; i < kLayers * kExperts; ++i) offsets.push_back(i % kExperts * record_bytes(s));
+  const std::vector<int64_t> kept(offsets.size(), kMaxBits);
   Runtime rt(3, kernel_table("scalar"), 1 << 22), other(1, kernel_table("scalar"), 1 << 22);
-  Executor oracle(other, s, whole, offsets, false, 1);
+  Executor oracle(other, s, whole, offsets, kept, false, 1);
   oracle.set_limit(kLayers * kExperts * record_bytes(s));
   for (int64_t l = 0; l < kLayers; ++l)
     for (int64_t x = 0; x < kExperts; ++x) read(oracle, l, x, kMaxBits);
-  Executor e(rt, s, paths, offsets, random.once_in(2), 1 + int(random.below(5)));
+  Executor e(rt, s, paths, offsets, kept, random.once_in(2), 1 + int(random.below(5)));
   int64_t limit = 4 * record_bytes(s), failures = 0;
   e.set_limit(limit);
   e.log(random.once_in(2));

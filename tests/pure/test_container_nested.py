@@ -1,9 +1,8 @@
-"""Dense matrices at every width: the values, the bytes that are read, the memory they go to; planes left out as holes."""
+"""Dense matrices at every width: the values, the bytes that are read, the memory they go to; records and matrices with fewer bits."""
 
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 
 from d2moe import planes
 from d2moe.container import Container, ContainerWriter, MatrixLayout, NestedMatrix
-from d2moe.container.files import PIECE_BYTES, aligned_empty, crc_of_zeros
+from d2moe.container.files import aligned_empty
 from d2moe.container.inspect import describe
 from d2moe.container.layout import ARRAYS
 from d2moe.container.verify import verify
@@ -33,19 +32,22 @@ def weights(name: str) -> planes.F32:
     return np.random.default_rng(len(name)).normal(size=MATRICES[name]).astype(np.float32)
 
 
-def make(path: Path, bits: int = 8) -> Path:
+Kept = dict[int, tuple[int, ...]]
+
+
+def make(path: Path, kept: Kept | None = None, dense_bits: int = 8) -> Path:
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, (rows, cols) in MATRICES.items():
-        shapes |= MatrixLayout(rows, cols, GROUP).tensors(name)
+        shapes |= MatrixLayout(rows, cols, GROUP, dense_bits).tensors(name)
     shapes |= {name: ("F32", shape) for name, shape in FLOATS.items()}
-    with ContainerWriter(path, **(FACTS | {"dense": shapes}), bits=bits) as writer:
+    with ContainerWriter(path, **(FACTS | {"dense": shapes}), kept=kept) as writer:
         for name in MATRICES:
-            writer.add_nested(name, packed(*planes.quantize(weights(name), GROUP)))
+            writer.add_nested(name, packed(*planes.quantize(weights(name), GROUP), dense_bits))
         for name, shape in FLOATS.items():
             writer.add_dense(name, np.full(shape, 0.5, np.float32))
         for layer in LAYERS:
             for expert in range(EXPERTS):
-                writer.add_expert(layer, expert, nested(layer, expert, bits))
+                writer.add_expert(layer, expert, nested(layer, expert, writer.width(layer, expert)))
         return writer.finish()
 
 
@@ -200,44 +202,67 @@ def test_arrays_come_and_go(rows: int, cols: int, bits: int) -> None:
     }
 
 
-# Holes
+# Fewer bits
 
 
-@pytest.mark.parametrize("bits", [2, 4, 7])
-def test_planes_that_are_left_out_are_zeros_with_right_checksums(tmp_path: Path, sample: Container, bits: int) -> None:
-    narrow = Container.open(make(tmp_path / "narrow.d2moe", bits))
+def drawn(seed: int) -> Kept:
+    rng = np.random.default_rng(seed)
+    return {layer: tuple(rng.integers(2, 9, EXPERTS).tolist()) for layer in LAYERS}
+
+
+SEEDS = st.integers(0, 1 << 30)
+
+
+@settings(deadline=None, max_examples=20)
+@given(SEEDS, st.sampled_from(WIDTHS))
+def test_records_have_the_bits_that_are_kept(
+    tmp_path_factory: pytest.TempPathFactory, sample: Container, seed: int, dense_bits: int
+) -> None:
+    kept, path = drawn(seed), tmp_path_factory.mktemp("made") / "narrow.d2moe"
+    narrow = Container.open(make(path, kept, dense_bits))
     assert verify(narrow).problems == ()
-    assert {n: (e.shape, e.offset) for n, e in narrow.dense.items()} == {
-        n: (e.shape, e.offset) for n, e in sample.dense.items()
-    }
+    assert narrow.kept.tolist() == [list(kept[layer]) for layer in LAYERS] and narrow.most_bits == narrow.kept.max()
     for name in MATRICES:
-        full, found = sample.read_nested(name, 8), narrow.read_nested(name, 8)
-        for kind, array in found.arrays.items():  # holes are the experts' alone
+        found, full = narrow.read_nested(name, 8), sample.read_nested(name, dense_bits)
+        assert found.bits == dense_bits == narrow.nested[name].bits
+        for kind, array in found.arrays.items():
             assert np.array_equal(array, full.arrays[kind])
-    for expert in range(EXPERTS):
-        record, cut = sample.read_record(2, expert, 8), RECORD.prefix_bytes(bits)
-        found_record = narrow.read_record(2, expert, 8)
-        assert np.array_equal(found_record[:cut], record[:cut]) and not found_record[cut:].any()
+    for layer in LAYERS:
+        at = narrow.expert_offset(layer, 0)
+        for expert, bits in enumerate(kept[layer]):
+            assert narrow.width(layer, expert) == bits and narrow.width(layer, expert, 3) == min(bits, 3)
+            assert narrow.expert_offset(layer, expert) == at
+            assert np.array_equal(narrow.read_record(layer, expert, bits), sample.read_record(layer, expert, bits))
+            if bits < 8:
+                with pytest.raises(ConfigError, match=f"layer {layer} expert {expert} has {bits} bits, {bits + 1} were asked for"):
+                    narrow.read_expert(layer, expert, bits + 1)
+            at += RECORD.prefix_bytes(bits)
+        assert at == narrow.expert_path(layer).stat().st_size
+    assert narrow.experts_bytes() == sum(RECORD.prefix_bytes(b) for row in kept.values() for b in row)
+    assert narrow.experts_bytes(4) == sum(RECORD.prefix_bytes(min(b, 4)) for row in kept.values() for b in row)
+    saved = sample.experts_bytes() - narrow.experts_bytes() + sample.dense_bytes(DenseWidths(8)) - narrow.dense_bytes(DenseWidths(8))
+    sizes = [sum(p.stat().st_size for p in c.path.rglob("*.safetensors")) for c in (sample, narrow)]
+    assert abs(sizes[0] - sizes[1] - saved) <= 4096 * (1 + len(LAYERS))  # headers are shorter, too
 
 
-def test_holes_take_no_space(tmp_path: Path) -> None:
-    with (tmp_path / "probe").open("wb") as file:
-        file.truncate(1 << 20)
-    if (tmp_path / "probe").stat().st_blocks:
-        pytest.skip("no sparse files here")
-    made = {bits: make(tmp_path / f"{bits}.d2moe", bits) for bits in (2, 8)}
-
-    def sizes(path: Path) -> tuple[int, int]:
-        files = [p.stat() for p in path.rglob("*.safetensors")]
-        return sum(s.st_size for s in files), sum(s.st_blocks * 512 for s in files)
-
-    assert sizes(made[2])[0] == sizes(made[8])[0]
-    assert sizes(made[8])[1] - sizes(made[2])[1] >= len(LAYERS) * EXPERTS * 6 * RECORD.plane_bytes
+def test_a_model_that_keeps_all_bits_is_written_as_ever(tmp_path: Path, sample: Container) -> None:
+    assert "kept" not in (sample.path / "d2moe.json").read_text()
+    assert contents(make(tmp_path / "x", dict.fromkeys(LAYERS, (8,) * EXPERTS))) == contents(sample.path)
 
 
-def test_a_run_with_holes_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    def facts(bits: int) -> dict[str, Any]:
-        return FACTS | {"bits": bits}
+def test_widths_that_are_stored(sample: Container, tmp_path: Path) -> None:
+    five = Container.open(make(tmp_path / "five", None, 5))
+    for c, asked, found in [
+        (sample, DenseWidths(6, {"q": 5, "embed": 8}), DenseWidths(6, {"q": 5, "embed": 8})),
+        (five, DenseWidths(6, {"q": 4, "embed": 8}), DenseWidths(5, {"q": 4})),
+        (five, DenseWidths(3), DenseWidths(3)),
+    ]:
+        assert c.stored_widths(asked) == found
+        assert c.dense_bytes(asked) == c.dense_bytes(found)
+
+
+def test_a_run_that_keeps_fewer_bits_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    kept = drawn(int(np.random.default_rng().integers(1 << 30)))
 
     def run(writer: ContainerWriter, experts: int) -> None:
         assert not writer.is_nested_done("embed")
@@ -245,49 +270,40 @@ def test_a_run_with_holes_resumes_to_the_same_bytes(tmp_path: Path) -> None:
         writer.add_nested("embed", NestedMatrix.of(whole))
         assert writer.is_nested_done("embed")
         for expert in range(experts):
-            writer.add_expert(0, expert, nested(0, expert, 3))
+            writer.add_expert(0, expert, nested(0, expert, kept[0][expert]))
 
     def rest(writer: ContainerWriter) -> None:
         for name in ("final_norm", "layers.0.router", "layers.2.router"):
             writer.add_dense(name, dense_tensor(name))
         for layer in LAYERS:
             for expert in sorted(set(range(EXPERTS)) - writer.done_experts(layer)):
-                writer.add_expert(layer, expert, nested(layer, expert, 3))
+                writer.add_expert(layer, expert, nested(layer, expert, kept[layer][expert]))
         writer.finish()
 
-    with ContainerWriter(tmp_path / "whole", **facts(3)) as writer:
+    with ContainerWriter(tmp_path / "whole", **FACTS, kept=kept) as writer:
         run(writer, EXPERTS)
         rest(writer)
-    with ContainerWriter(tmp_path / "x", **facts(3)) as writer:
+    with ContainerWriter(tmp_path / "x", **FACTS, kept=kept) as writer:
         run(writer, 1)
-    with pytest.raises(ContainerError, match="was begun with other facts: bits was 3, now it is 8"):
-        ContainerWriter(tmp_path / "x", **facts(8))
-    with ContainerWriter(tmp_path / "x", **facts(3)) as writer:
+    with pytest.raises(ContainerError, match="was begun with other facts: kept"):
+        ContainerWriter(tmp_path / "x", **FACTS)
+    with ContainerWriter(tmp_path / "x", **FACTS, kept=kept) as writer:
         assert writer.is_nested_done("embed") and writer.done_experts(0) == {0}
         rest(writer)
     assert contents(tmp_path / "x") == contents(tmp_path / "whole")
     assert verify(tmp_path / "x").problems == ()
 
 
-def test_holes_are_not_written_to(tmp_path: Path) -> None:
-    with ContainerWriter(tmp_path / "x", **FACTS, bits=3) as writer:
+def test_records_of_other_widths_are_refused(tmp_path: Path) -> None:
+    kept = dict.fromkeys(LAYERS, (3, 2, 8))
+    with ContainerWriter(tmp_path / "x", **FACTS, kept=kept) as writer:
         with pytest.raises(ContainerError, match="'embed' has 3 bits, expected 8"):
             writer.add_nested("embed", packed(*planes.quantize(weights("embed"), GROUP), 3))
         with pytest.raises(ContainerError, match="gate has 8 bits, the record is written with 3"):
             writer.add_expert(0, 0, nested(0, 0))
-        with pytest.raises(ContainerError, match=r"a record is uint8 \[8192\]"):
-            writer.add_record(0, 0, np.zeros(RECORD.record_bytes, np.uint8))
+        with pytest.raises(ContainerError, match=r"a record is uint8 \[4096\]"):
+            writer.add_record(0, 1, np.zeros(RECORD.record_bytes, np.uint8))
     with pytest.raises(ConfigError, match="from 2 to 8"):
-        ContainerWriter(tmp_path / "y", **FACTS, bits=9)
-
-
-def test_the_room_that_holes_do_not_need_is_not_asked_for(tmp_path: Path) -> None:
-    with ContainerWriter(tmp_path / "full", **FACTS) as full, ContainerWriter(tmp_path / "two", **FACTS, bits=2) as two:
-        planes_bytes = 6 * len(LAYERS) * EXPERTS * RECORD.plane_bytes
-        assert full.total_bytes == two.total_bytes
-        assert full.missing_bytes() - two.missing_bytes() == planes_bytes
-
-
-@pytest.mark.parametrize("n_bytes", [0, 1, 4096, PIECE_BYTES, PIECE_BYTES + 1, 2 * PIECE_BYTES + 4096])
-def test_crc_of_zeros(n_bytes: int) -> None:
-    assert crc_of_zeros(n_bytes) == zlib.crc32(bytes(n_bytes))
+        ContainerWriter(tmp_path / "y", **FACTS, kept=dict.fromkeys(LAYERS, (3, 9, 8)))
+    with pytest.raises(ContainerError, match="kept of layer 2 has 2 numbers, expected one for each of 3 experts"):
+        ContainerWriter(tmp_path / "y", **FACTS, kept={0: (8, 8, 8), 2: (8, 7)})

@@ -81,6 +81,7 @@ commands = Table(
         "serve": "d2moe.cli.serve:serve",
         "control": "d2moe.cli.control:control",
         "convert": "d2moe.cli.files:convert",
+        "trim": "d2moe.cli.trim:trim",
         "inspect": "d2moe.cli.files:inspect",
         "verify": "d2moe.cli.files:verify",
         "eval": "d2moe.cli:evaluate",

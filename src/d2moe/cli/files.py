@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from d2moe.cli.shared import model_path, print_json, print_table, read_text
-from d2moe.types import GROUP
+from d2moe.types import GROUP, MAX_BITS
 
 if TYPE_CHECKING:
     from d2moe.convert.calibration import Calibration
@@ -286,6 +286,7 @@ def inspect(
         ("experts per token", str(found.experts_per_token or "unknown")),
         ("expert shape", f"{found.hidden} x {found.inner}, groups of {found.group}{rotated}"),
         ("weights in experts", f"{found.expert_weights:,}"),
+        *([("bits of an expert", f"{found.kept_bits:.2f} on average, at most {found.most_bits}")] if found.kept_bits < MAX_BITS else []),
         ("whole file", show_bytes(found.total_bytes)),
     ]
     print_table(found.path, facts)

@@ -229,7 +229,7 @@ def _optimize(
 
             try:
                 memory = experts_bytes(facts, EngineConfig(memory_bytes=budget, bits=MAX_BITS, context=context), threads)
-                best, plain = optimise(trace, router, device, memory, progress=advance, **limits)
+                best, plain = optimise(trace, router, device, memory, kept=facts.kept, progress=advance, **limits)
             except MemoryBudgetError:
                 best = plain = None
             rows.append((show_bytes(budget), *_outcome(best), *_outcome(plain)[:1], *_outcome(plain)[3:]))

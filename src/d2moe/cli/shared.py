@@ -134,7 +134,7 @@ def announce(model: Model) -> None:
         return
     about = engine.describe()
     bits, experts = engine.config.bits, about["budget"]["experts"]
-    whole = len(container.moe_layers) * container.experts * container.record.prefix_bytes(math.ceil(bits))
+    whole = container.experts_bytes(math.ceil(bits))
     profile = known_profile(container, engine.config.threads)
     asked = engine.config.threads or usable_cpus()
     fewer = "" if about["threads"] >= asked else f" (of {asked}: the system lets no more start)"

@@ -7,6 +7,8 @@ An optional file of a container (docs/format.md, section 8); docs/routing.md say
     base    [layers, experts]          logarithm of the value of each of the first two bits; absent, no expert is left out
     weight  [layers, experts, hidden]  meets the normed input; may be absent
     dial    [n, 2]                     average width, ascending, and the price that gives it, the logarithm of a value
+    worth   [layers, experts, 7]       nats of KL divergence a token that the first two bits and each plane saved, on average over
+                                       the text it was measured on; what `d2moe trim` goes by; may be absent
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ class BitRouter:
     weight: F32 | None
     dial: F32
     base: F32 | None = None
+    worth: F32 | None = None
 
     def price(self, bits: float) -> float:
         """The price at which tokens take `bits` on average, by straight lines between the points of the table."""
@@ -64,6 +67,7 @@ class BitRouter:
     @property
     def tensors(self) -> dict[str, F32]:
         all_of_it = {"planes": self.planes, "powers": self.powers, "weight": self.weight, "dial": self.dial, "base": self.base}
+        all_of_it["worth"] = self.worth
         return {name: tensor for name, tensor in all_of_it.items() if tensor is not None}
 
 
@@ -83,6 +87,7 @@ def read_router(container: Container) -> BitRouter | None:
     points = entries["dial"].shape[0] if "dial" in entries and entries["dial"].shape else 0
     shapes = {"planes": (layers, experts, MAX_BITS - BASE_BITS), "powers": (layers, 2), "dial": (max(points, 2), 2)}
     optional = {"weight": (layers, experts, container.record.hidden), "base": (layers, experts)}
+    optional["worth"] = (layers, experts, MAX_BITS - BASE_BITS + 1)
     shapes |= {name: shape for name, shape in optional.items() if name in entries}
     found: dict[str, F32] = {}
     for name, shape in shapes.items():
@@ -91,7 +96,7 @@ def read_router(container: Container) -> BitRouter | None:
             what = f"{e.dtype} {list(e.shape)}" if e else "missing"
             raise ContainerError(f"{path}: tensor {name} is {what}, expected F32 {list(shape)}; {RETRAIN}")
         found[name] = np.frombuffer(data, DTYPES["F32"], e.n_bytes // 4, e.offset).reshape(shape)
-    router = BitRouter(found["planes"], found["powers"], found.get("weight"), found["dial"], found.get("base"))
+    router = BitRouter(found["planes"], found["powers"], found.get("weight"), found["dial"], found.get("base"), found.get("worth"))
     check(router, str(path))
     return router
 

@@ -11,7 +11,6 @@ import re
 import stat
 import zlib
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -144,15 +143,6 @@ def crc_of_range(fd: int, offset: int, n_bytes: int, path: Path) -> int:
         piece = buffer[: min(PIECE_BYTES, n_bytes - at)]
         read_into(fd, piece, offset + at, path)
         crc = zlib.crc32(piece.data, crc)
-    return crc
-
-
-@lru_cache(maxsize=64)  # a container has few sizes of pieces, and thousands of pieces
-def crc_of_zeros(n_bytes: int) -> int:
-    """CRC-32 of so many zero bytes."""
-    crc, zeros = 0, bytes(min(n_bytes, PIECE_BYTES))
-    for at in range(0, n_bytes, PIECE_BYTES):
-        crc = zlib.crc32(memoryview(zeros)[: n_bytes - at], crc)
     return crc
 
 

@@ -63,7 +63,10 @@ class Description:
     expert_weights: int
     """Weights of all experts together."""
     expert_bytes: int
-    """All experts with all eight bits."""
+    """All experts with all the bits they have."""
+    kept_bits: float
+    """Bits of an expert, on average: 8, or less in a trimmed model."""
+    most_bits: int
     total_bytes: int
     least_bytes: int | None
     """Dense weights and one token's experts of one layer, all at 2 bits: no engine runs in less than this."""
@@ -102,10 +105,10 @@ def describe(container: Container) -> Description:
             bits,
             record.bits_per_weight(bits),
             record.prefix_bytes(bits),
-            count * record.prefix_bytes(bits),
+            container.experts_bytes(bits),
             layers * top_k * record.prefix_bytes(bits) if top_k else None,
             container.dense_bytes(DenseWidths(bits)),
-            default := DenseWidths.beside(bits, own_embedding=container.has("head")),
+            default := container.stored_widths(DenseWidths.beside(bits, own_embedding=container.has("head"))),
             container.dense_bytes(default),
         )
         for bits in WIDTHS
@@ -121,7 +124,9 @@ def describe(container: Container) -> Description:
         experts=container.experts,
         experts_per_token=top_k,
         expert_weights=count * 3 * record.hidden * record.inner,
-        expert_bytes=count * record.record_bytes,
+        expert_bytes=container.experts_bytes(),
+        kept_bits=float(container.kept.mean()),
+        most_bits=container.most_bits,
         total_bytes=sum(facts.n_bytes for facts in manifest.files.values()),
         least_bytes=widths[0].dense_bytes + top_k * widths[0].expert_bytes if top_k else None,
         widths=widths,

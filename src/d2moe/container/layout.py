@@ -8,6 +8,7 @@ and more bits are the next ones. Dense matrices are stored array by array under 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -36,6 +37,8 @@ class MatrixLayout:
     rows: int
     cols: int
     group: int
+    bits: int = MAX_BITS
+    """The widest that is stored."""
 
     @property
     def tiles(self) -> int:
@@ -54,8 +57,8 @@ class MatrixLayout:
         return "U8", (self.tiles, self.groups, self.group // (16 if kind == "base" else 32), 4 * TILE_ROWS)
 
     def tensors(self, name: str) -> Tensors:
-        """The nine tensors of this matrix in the dense file under the canonical name `name`."""
-        return {f"{name}.{kind}": self.array(kind) for kind in ARRAYS}
+        """The tensors of this matrix in the dense file under the canonical name `name`, nine if all bits are stored."""
+        return {f"{name}.{kind}": self.array(kind) for kind in arrays_at(self.bits)}
 
     @property
     def row_scale_bytes(self) -> int:
@@ -83,8 +86,8 @@ class MatrixLayout:
         return sizes.get(kind, self.plane_bytes)
 
     def memory_bytes(self, bits: int) -> int:
-        """What the matrix takes in memory at width `bits`, rounded up to a multiple of 64."""
-        return padded(sum(map(self.array_bytes, arrays_at(bits))), MEMORY_ALIGN)
+        """What the matrix takes in memory at width `bits`, or the widest stored, rounded up to a multiple of 64."""
+        return padded(sum(map(self.array_bytes, arrays_at(min(bits, self.bits)))), MEMORY_ALIGN)
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,18 @@ class RecordLayout:
 
     @property
     def record_bytes(self) -> int:
+        """Size of a record with all eight bits."""
         return self.prefix_bytes(MAX_BITS)
+
+    @staticmethod
+    def segments(bits: int) -> tuple[str, ...]:
+        """Those of `SEGMENTS` that a record of so many bits consists of."""
+        return SEGMENTS[: check_width(bits) - BASE_BITS + 1]
+
+    def tensors(self, layer: int, kept: Sequence[int]) -> Tensors:
+        """What a layer's file holds whose experts have the bits `kept`."""
+        of = {s: ("U8", (self.segment_bytes(s),)) for s in SEGMENTS}
+        return {expert_tensor(layer, e, s): of[s] for e, bits in enumerate(kept) for s in self.segments(bits)}
 
     def bits_per_weight(self, bits: int) -> float:
         """Bits on disk per weight of the model at width `bits`, scales and padding included."""

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from d2moe.container.files import parse_json, shown
 from d2moe.container.layout import PROJECTIONS, SEGMENTS, RecordLayout, expert_file
 from d2moe.errors import ContainerError
-from d2moe.types import ALIGN_BYTES
+from d2moe.types import ALIGN_BYTES, BASE_BITS, MAX_BITS
 
 VERSION = 2
 MANIFEST = "d2moe.json"
@@ -54,6 +54,16 @@ class Manifest:
     quantizer: Mapping[str, Any]
     optional_segments: Mapping[str, int] = field(default_factory=dict)
     """Segments that this version does not know and skips: bytes per expert, after the last record of each file."""
+    kept: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """By layer, the bits that each expert's record has; those of a layer that is not named have all eight."""
+
+    def kept_of(self, layer: int) -> tuple[int, ...]:
+        """Bits that each record of the layer has."""
+        return self.kept.get(layer, (MAX_BITS,) * self.experts)
+
+    def records_bytes(self, layer: int) -> int:
+        """Size of all records of a layer."""
+        return sum(map(self.record.prefix_bytes, self.kept_of(layer)))
 
     @property
     def expert_files(self) -> tuple[str, ...]:
@@ -95,6 +105,7 @@ def dump_manifest(manifest: Manifest) -> bytes:
         "layers": list(manifest.layers),
         "experts": manifest.experts,
         "segments": segments,
+        **({"kept": {str(layer): list(manifest.kept_of(layer)) for layer in manifest.layers}} if manifest.kept else {}),
         "files": files,
         "source": manifest.source,
         "quantizer": manifest.quantizer,
@@ -140,7 +151,7 @@ class _Parser:
         if version < VERSION:
             self.fail(f"version is {version}, this d2moe reads {VERSION}", "convert the model again")
         newer = "if a newer d2moe made it, upgrade; otherwise the manifest is damaged"
-        if unknown := set(table) - _KEYS - {"seal", "optional", "rotation"}:
+        if unknown := set(table) - _KEYS - {"seal", "optional", "rotation", "kept"}:
             self.fail(f"has the unknown key {shown(min(unknown))}", newer)
         if missing := _KEYS - set(table):
             self.fail(f"lacks the key {shown(min(missing))}")
@@ -156,6 +167,7 @@ class _Parser:
         if not layers or layers != sorted(set(layers)):
             self.fail(f"layers is {shown(layers)}, expected ascending numbers, at least one")
         record, optional_segments = self.segments(table["segments"], RecordLayout(hidden, inner, group, rotation=rotation))
+        kept = self.kept(table["kept"], layers, experts) if "kept" in table else {}
         expert_files = {expert_file(layer) for layer in layers}
         rows = self.object(table["files"], "files")
         files = {name: self.file(name, facts, expert_files) for name, facts in rows.items()}
@@ -164,7 +176,19 @@ class _Parser:
                 self.fail(f"files lacks {name}" if name not in files else f"{name} cannot be optional")
         self.object(table.get("optional", {}), "optional")
         source, quantizer = self.object(table["source"], "source"), self.object(table["quantizer"], "quantizer")
-        return Manifest(record, tuple(layers), experts, files, source, quantizer, optional_segments)
+        return Manifest(record, tuple(layers), experts, files, source, quantizer, optional_segments, kept)
+
+    def kept(self, value: Any, layers: list[int], experts: int) -> dict[int, tuple[int, ...]]:
+        rows = self.object(value, "kept")
+        if list(rows) != [str(layer) for layer in layers]:
+            self.fail(f"kept is of the layers {shown(list(rows))}, expected {shown([str(layer) for layer in layers])}")
+        found = {}
+        for layer in layers:
+            widths = self.list(rows[str(layer)], f"kept of layer {layer}")
+            if len(widths) != experts:
+                self.fail(f"kept of layer {layer} has {len(widths)} numbers, expected one for each of {experts} experts")
+            found[layer] = tuple(self.number(w, f"kept of layer {layer} expert {e}", BASE_BITS, MAX_BITS) for e, w in enumerate(widths))
+        return found
 
     def segments(self, value: Any, plain: RecordLayout) -> tuple[RecordLayout, dict[str, int]]:
         """The record with the room that optional parts take, and the optional segments after it."""

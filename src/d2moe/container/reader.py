@@ -41,7 +41,7 @@ from d2moe.container.manifest import (
 from d2moe.container.record import NestedMatrix, split_record
 from d2moe.container.safetensors_header import DTYPES, Entry, Header, read_header
 from d2moe.errors import ConfigError, ContainerError
-from d2moe.types import ALIGN_BYTES, TILE_ROWS, DenseWidths, check_width, padded
+from d2moe.types import ALIGN_BYTES, BASE_BITS, MAX_BITS, TILE_ROWS, DenseWidths, check_width, padded
 
 U8 = npt.NDArray[np.uint8]
 
@@ -53,7 +53,8 @@ class Container:
 
     `config` and `generation_config` are the source's own JSON. `dense` maps every tensor of the dense file to where it
     lies; by canonical name, `nested` has the shapes of the quantised matrices among them, padded to whole tiles and
-    groups, and `floats` the float32 tensors.
+    groups, and `floats` the float32 tensors. `kept` and `offsets` int64 [layers with experts, experts]: the bits that
+    each record has, and where in its file it begins.
     """
 
     def __init__(
@@ -69,7 +70,10 @@ class Container:
     ):
         self.path, self.manifest = path, manifest
         self.config, self.generation_config = config, generation_config
-        self.dense, self.nested, self.floats, self._starts = dense, nested, floats, starts
+        self.dense, self.nested, self.floats = dense, nested, floats
+        self.kept = np.array([manifest.kept_of(layer) for layer in manifest.layers], np.int64)
+        sizes = np.array([[manifest.record.prefix_bytes(b) for b in row] for row in self.kept.tolist()], np.int64)
+        self.offsets = np.cumsum(sizes, 1) - sizes + np.array([[starts[layer]] for layer in manifest.layers], np.int64)
 
     @classmethod
     def open(cls, path: str | Path) -> Container:
@@ -110,6 +114,26 @@ class Container:
         """Experts per layer."""
         return self.manifest.experts
 
+    @property
+    def most_bits(self) -> int:
+        """The widest record."""
+        return int(self.kept.max())
+
+    def width(self, layer: int, expert: int, bits: int = MAX_BITS) -> int:
+        """`bits`, or the bits that the record has if they are fewer."""
+        return min(bits, int(self.kept[self._index(layer, expert)]))
+
+    def experts_bytes(self, bits: int = MAX_BITS) -> int:
+        """Bytes of all records, as far as they go to `bits`."""
+        counts = np.bincount(np.minimum(self.kept, check_width(bits)).reshape(-1))
+        return sum(n * self.record.prefix_bytes(b) for b, n in enumerate(counts.tolist()) if n)
+
+    def stored_widths(self, widths: DenseWidths) -> DenseWidths:
+        """These widths, or the widest that are stored where those are less."""
+        found = {name.rpartition(".")[2]: min(widths.of(name), layout.bits) for name, layout in self.nested.items()}
+        bits = min(widths.bits, max((bits for kind, bits in found.items() if kind not in widths.others), default=widths.bits))
+        return DenseWidths(bits, {kind: b for kind, b in (dict(widths.others) | found).items() if b != bits})
+
     def dense_bytes(self, widths: DenseWidths) -> int:
         """Bytes in memory of all dense weights, matrices at `widths` and float32 tensors.
 
@@ -131,7 +155,7 @@ class Container:
         return data.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
     def read_nested(self, name: str, bits: int, allocate: Callable[[int], U8] | None = None) -> NestedMatrix:
-        """A dense matrix at width `bits`; reads the arrays that this width needs and no more.
+        """A dense matrix at width `bits`, or the widest that is stored; reads the arrays that this width needs and no more.
 
         `allocate(n_bytes)` is called once with `nested[name].memory_bytes(bits)` and must give uint8 [n_bytes], writable
         and at a multiple of 64 bytes, such as a piece of a large arena; without it the memory is fresh. The arrays are
@@ -140,7 +164,8 @@ class Container:
         layout = self.nested.get(name)
         if layout is None:
             raise self._missing("matrix", name)
-        n_bytes = layout.memory_bytes(check_width(bits))
+        bits = min(check_width(bits), layout.bits)
+        n_bytes = layout.memory_bytes(bits)
         memory = (allocate or aligned_empty)(n_bytes)
         if memory.shape != (n_bytes,) or memory.dtype != np.uint8 or not memory.flags.carray:
             raise ConfigError(
@@ -166,27 +191,31 @@ class Container:
 
     def expert_path(self, layer: int) -> Path:
         """File with the records of `layer`."""
-        return self.path / expert_file(self._known(layer, 0))
+        self._index(layer, 0)
+        return self.path / expert_file(layer)
 
     def expert_offset(self, layer: int, expert: int) -> int:
         """Where in that file the record begins; a multiple of 4096."""
-        return self._starts[self._known(layer, expert)] + expert * self.record.record_bytes
+        return int(self.offsets[self._index(layer, expert)])
 
     def read_record(self, layer: int, expert: int, bits: int) -> U8:
-        """The first `prefix_bytes(bits)` bytes of a record, 4096-byte aligned."""
+        """The first `prefix_bytes(bits)` bytes of a record, 4096-byte aligned; ConfigError if it has fewer bits."""
         n_bytes = self.record.prefix_bytes(check_width(bits))
+        if self.width(layer, expert, bits) < bits:
+            raise ConfigError(f"{self.path}: layer {layer} expert {expert} has {self.width(layer, expert)} bits, {bits} were asked for")
         return self._read(self.expert_path(layer), self.expert_offset(layer, expert), n_bytes, ALIGN_BYTES)
 
     def read_expert(self, layer: int, expert: int, bits: int) -> dict[str, NestedMatrix]:
         """Gate, up and down of an expert at width `bits`; one read of `prefix_bytes(bits)` bytes."""
         return split_record(self.record, self.read_record(layer, expert, bits), bits)
 
-    def _known(self, layer: int, expert: int) -> int:
-        if layer not in self._starts:
+    def _index(self, layer: int, expert: int) -> tuple[int, int]:
+        """Row and column of `kept`."""
+        if layer not in self.moe_layers:
             raise ConfigError(f"{self.path}: layer {layer} has no experts, expected one of {shown(self.moe_layers)}")
         if not 0 <= expert < self.experts:
             raise ConfigError(f"{self.path}: layer {layer} has no expert {expert}, expected 0 to {self.experts - 1}")
-        return layer
+        return self.moe_layers.index(layer), expert
 
     def _read(self, path: Path, offset: int, n_bytes: int, align: int = 64) -> U8:
         data = aligned_empty(n_bytes, align)
@@ -233,7 +262,7 @@ def _check_dense(
 ) -> tuple[dict[str, MatrixLayout], dict[str, Entry]]:
     """The nested matrices and the float32 tensors by canonical name; what is neither must say that it is optional.
 
-    All nine arrays of a matrix must be there, in shapes that fit each other.
+    All arrays of a matrix must be there up to its widest plane, in shapes that fit each other.
     """
 
     def expect(name: str, dtype: str, shape: tuple[int, ...]) -> None:
@@ -254,12 +283,13 @@ def _check_dense(
             expect(name, "F32", entry.shape)
             floats[name] = entry
         elif stem not in matrices:
-            for other in (f"{stem}.{k}" for k in ARRAYS):
+            bits = max((int(k[5:]) for k in ARRAYS if k.startswith("plane") and f"{stem}.{k}" in entries), default=BASE_BITS)
+            for other in (f"{stem}.{k}" for k in arrays_at(bits)):
                 if other not in entries:
                     raise ContainerError(f"{path}: tensor {shown(name)} has no {shown(other)} beside it; {ADVICE}")
             tiles, groups = (max(n, 1) for n in (*entries[f"{stem}.base"].shape, 1, 1)[:2])
             group = manifest.record.group
-            matrices[stem] = MatrixLayout(tiles * TILE_ROWS, groups * group, group)
+            matrices[stem] = MatrixLayout(tiles * TILE_ROWS, groups * group, group, bits)
             for other, (dtype, shape) in matrices[stem].tensors(stem).items():
                 expect(other, dtype, shape)
     for layer in manifest.layers:
@@ -273,14 +303,15 @@ def _check_experts(header: Header, manifest: Manifest, layer: int, path: Path) -
     record, entries, start = manifest.record, header.entries, header.data_offset
     if start % ALIGN_BYTES:
         raise ContainerError(f"{path}: records begin at byte {start:,}, expected a multiple of {ALIGN_BYTES}; {ADVICE}")
-    count = manifest.experts * (len(SEGMENTS) + len(manifest.optional_segments))
+    kept = manifest.kept_of(layer)
+    places = [(e, s, record.segment_bytes(s)) for e in range(manifest.experts) for s in record.segments(kept[e])]
+    places += [(e, s, n) for e in range(manifest.experts) for s, n in manifest.optional_segments.items()]
+    count = len(places)
     if len(entries) != count:
         raise ContainerError(
             f"{path}: has {len(entries):,} tensors, expected {count:,} for {manifest.experts:,} experts; {ADVICE}"
         )
     at = start
-    places = [(e, s, record.segment_bytes(s)) for e in range(manifest.experts) for s in SEGMENTS]
-    places += [(e, s, n) for e in range(manifest.experts) for s, n in manifest.optional_segments.items()]
     for expert, segment, n_bytes in places:
         entry = entries.get(expert_tensor(layer, expert, segment))
         if entry is None or (entry.dtype, entry.shape, entry.offset) != ("U8", (n_bytes,), at):

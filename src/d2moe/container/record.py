@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,10 @@ class NestedMatrix:
     @property
     def bits(self) -> int:
         return BASE_BITS + len(self.planes)
+
+    def cut(self, bits: int) -> NestedMatrix:
+        """The first `bits` bits, or what there is."""
+        return replace(self, planes=self.planes[: bits - BASE_BITS])
 
     @property
     def arrays(self) -> dict[str, npt.NDArray[Any]]:

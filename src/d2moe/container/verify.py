@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d2moe.container.files import PIECE_BYTES, aligned_empty, crc_of_range, open_regular, read_into, read_small
-from d2moe.container.layout import SEGMENTS, expert_file
+from d2moe.container.layout import expert_file
 from d2moe.container.manifest import CHECKSUMS, DENSE, MANIFEST, MAX_SMALL_BYTES, seal_of
 from d2moe.container.reader import ADVICE, Container, checksums_of
 from d2moe.errors import ContainerError, D2MoeError, StorageError
@@ -133,7 +133,7 @@ class _Check:
         at = container.expert_offset(layer, 0)
         yield _Range(f"layer {layer} header", 0, at, header_crc)
         for expert, row in enumerate(crcs):
-            for segment, crc in zip(SEGMENTS, row, strict=True):
+            for segment, crc in zip(record.segments(container.width(layer, expert)), row, strict=False):
                 yield _Range(f"layer {layer} expert {expert} {segment}", at, record.segment_bytes(segment), crc)
                 at += record.segment_bytes(segment)
         rest = self.files[expert_file(layer)].n_bytes - at

@@ -20,15 +20,15 @@ import numpy as np
 import numpy.typing as npt
 
 from d2moe.container import manifest as facts_of
-from d2moe.container.files import crc_of_range, crc_of_zeros, read_small, refuse_write, shown, sync_folder, write_at
+from d2moe.container.files import crc_of_range, read_small, refuse_write, shown, sync_folder, write_at
 from d2moe.container.journal import NAME as JOURNAL
 from d2moe.container.journal import Journal
-from d2moe.container.layout import ARRAYS, SEGMENTS, RecordLayout, expert_file, expert_tensor
+from d2moe.container.layout import ARRAYS, SEGMENTS, RecordLayout, expert_file
 from d2moe.container.manifest import CHECKSUMS, CONFIG, DENSE, MANIFEST, VERSION, FileFacts, Manifest
 from d2moe.container.record import NestedMatrix, pack_record
 from d2moe.container.safetensors_header import DTYPES, build_header
 from d2moe.errors import CheckpointError, ContainerError, StorageError
-from d2moe.types import MAX_BITS, check_width
+from d2moe.types import BASE_BITS, MAX_BITS
 
 U8 = npt.NDArray[np.uint8]
 
@@ -52,8 +52,8 @@ class ContainerWriter:
 
     `dense` gives type and shape of every dense tensor in file order, `files` the small files (content, or path of the
     original), `source` and `quantizer` whatever identifies the conversion: resuming under other facts is refused.
-    With `bits` below 8 the experts' planes above that width are not written: they are holes of the files, which read as
-    zeros and take no space, for measurements that never ask for them.
+    `kept` are the bits that each expert's record is to have, by layer; those of a layer that is not named have all eight.
+    Dense matrices have the planes that `dense` names.
     Leaving without `finish` keeps `dst`.partial for the next run. Raises StorageError (disk full, how much is missing)
     and ContainerError (dst exists, other facts). Only one writer at a time.
     """
@@ -69,11 +69,14 @@ class ContainerWriter:
         files: Mapping[str, bytes | Path],
         source: Mapping[str, Any],
         quantizer: Mapping[str, Any],
-        bits: int = MAX_BITS,
+        kept: Mapping[int, Sequence[int]] | None = None,
     ):
         self.dst = Path(dst)
         self.partial = self.dst.with_name(self.dst.name + ".partial")
-        self.record, self.layers, self.experts, self.bits = record, tuple(layers), experts, check_width(bits)
+        self.record, self.layers, self.experts = record, tuple(layers), experts
+        self._kept = {layer: tuple(int(bits) for bits in widths) for layer, widths in (kept or {}).items()}
+        if all(bits == MAX_BITS for widths in self._kept.values() for bits in widths):
+            self._kept = {}
         if not dense or not self.layers or CONFIG not in files or self.dst.suffix == ".partial":
             raise ContainerError(
                 f"{self.dst}: needs {CONFIG}, dense tensors, experts, and a name not ending in .partial"
@@ -83,6 +86,7 @@ class ContainerWriter:
         header, self._entries = build_header(dense)
         dense_bytes = sum(entry.n_bytes for entry in self._entries.values())
         self._dense = _File(DENSE, self.partial / DENSE, header, len(header) + dense_bytes)
+        self._widths = {layer: self._kept.get(layer, (MAX_BITS,) * experts) for layer in self.layers}
         self._layers = {layer: self._expert_file(layer) for layer in self.layers}
         self._begun: dict[str, tuple[int, int]] = {}  # dense tensors under way: bytes written, CRC of them
         self._journal: Journal | None = None
@@ -92,10 +96,13 @@ class ContainerWriter:
         self._open()
 
     def _expert_file(self, layer: int) -> _File:
-        sizes = {s: self.record.segment_bytes(s) for s in SEGMENTS}
-        names = {expert_tensor(layer, e, s): ("U8", (n,)) for e in range(self.experts) for s, n in sizes.items()}
-        header, name = build_header(names)[0], expert_file(layer)
-        return _File(name, self.partial / name, header, len(header) + self.experts * self.record.record_bytes)
+        widths = self._widths[layer]
+        header, name = build_header(self.record.tensors(layer, widths))[0], expert_file(layer)
+        return _File(name, self.partial / name, header, len(header) + sum(map(self.record.prefix_bytes, widths)))
+
+    def _offset(self, layer: int, expert: int) -> int:
+        """Where a record begins in its file."""
+        return len(self._layers[layer].header) + sum(map(self.record.prefix_bytes, self._widths[layer][:expert]))
 
     # Beginning and resuming
 
@@ -130,7 +137,7 @@ class ContainerWriter:
     def _facts(self) -> dict[str, Any]:
         return {
             "version": VERSION,
-            "bits": self.bits,
+            "kept": {str(layer): list(widths) for layer, widths in self._kept.items()},
             "hidden": self.record.hidden,
             "inner": self.record.inner,
             "group": self.record.group,
@@ -171,10 +178,11 @@ class ContainerWriter:
                 if crc_of_range(fd, entry.offset, entry.n_bytes, file.path) != crc:
                     del journal.dense[name]
             return
-        done = journal.experts.get(self._layer_of(file), {})
+        layer = self._layer_of(file)
+        done = journal.experts.get(layer, {})
         for expert, crcs in list(done.items()):
-            at = len(file.header) + expert * self.record.record_bytes
-            for segment, crc in zip(SEGMENTS, crcs, strict=True):
+            at = self._offset(layer, expert)
+            for segment, crc in zip(self.record.segments(self._widths[layer][expert]), crcs, strict=False):
                 n_bytes = self.record.segment_bytes(segment)
                 if crc_of_range(fd, at, n_bytes, file.path) != crc:
                     del done[expert]
@@ -197,7 +205,7 @@ class ContainerWriter:
 
     def missing_bytes(self) -> int:
         """Bytes of the container that have no place on the disk yet and need one."""
-        taken = len(self.layers) * self.experts * (self.record.record_bytes - self.record.prefix_bytes(self.bits))
+        taken = 0
         for file in self._all_files():
             if file.path.is_file():
                 taken += min(file.path.stat().st_blocks * 512, file.n_bytes)
@@ -218,7 +226,7 @@ class ContainerWriter:
 
     def is_nested_done(self, name: str) -> bool:
         """The same for all arrays of a dense matrix."""
-        return all(self.is_dense_done(f"{name}.{kind}") for kind in ARRAYS)
+        return all(self.is_dense_done(f"{name}.{kind}") for kind in ARRAYS if f"{name}.{kind}" in self._entries)
 
     def done_experts(self, layer: int) -> frozenset[int]:
         """Experts of `layer` that were written, by this run or an earlier one."""
@@ -256,32 +264,41 @@ class ContainerWriter:
                 self._sync(self._dense)
 
     def add_nested(self, name: str, matrix: NestedMatrix, first: int = 0) -> None:
-        """Write tiles `first`… of a dense matrix, all bits of it; a large one may come in pieces, ascending."""
-        if matrix.bits != MAX_BITS:
-            raise ContainerError(f"{self.dst}: dense matrix {shown(name)} has {matrix.bits} bits, expected {MAX_BITS}")
+        """Write tiles `first`… of a dense matrix, all announced bits of it; a large one may come in pieces, ascending."""
+        bits = self.dense_width(name)
+        if matrix.bits != bits:
+            raise ContainerError(f"{self.dst}: dense matrix {shown(name)} has {matrix.bits} bits, expected {bits}")
         for kind, array in matrix.arrays.items():
             self.add_dense(f"{name}.{kind}", array, first)
 
+    def dense_width(self, name: str) -> int:
+        """Bits that were announced of a dense matrix."""
+        return len([kind for kind in SEGMENTS if f"{name}.{kind}" in self._entries]) + BASE_BITS - 1
+
     def add_expert(self, layer: int, index: int, matrices: Mapping[str, NestedMatrix]) -> None:
-        """Write the record of one expert from its "gate", "up" and "down", all bits of each."""
-        self.add_record(layer, index, pack_record(self.record, matrices, self.bits))
+        """Write the record of one expert from its "gate", "up" and "down", all kept bits of each."""
+        self.add_record(layer, index, pack_record(self.record, matrices, self.width(layer, index)))
+
+    def width(self, layer: int, index: int) -> int:
+        """Bits that an expert's record is to have."""
+        if layer not in self._layers or not 0 <= index < self.experts:
+            raise ContainerError(f"{self.dst}: has no place for layer {layer} expert {index}")
+        return self._widths[layer][index]
 
     def add_record(self, layer: int, index: int, record: U8) -> None:
         """Write a record uint8 [prefix_bytes(bits)] as `pack_record` makes it."""
         record = np.ascontiguousarray(record)
-        if layer not in self._layers or not 0 <= index < self.experts:
-            raise ContainerError(f"{self.dst}: has no place for layer {layer} expert {index}")
-        expected = self.record.prefix_bytes(self.bits)
+        expected = self.record.prefix_bytes(self.width(layer, index))
         if record.shape != (expected,) or record.dtype != np.uint8:
             raise ContainerError(
                 f"{self.dst}: layer {layer} expert {index} is {record.dtype} {list(record.shape)},"
                 f" a record is uint8 [{expected}]"
             )
         file, crcs, at = self._layers[layer], [], 0
-        self._write(file, record, len(file.header) + index * self.record.record_bytes)
-        for segment in SEGMENTS:
+        self._write(file, record, self._offset(layer, index))
+        for segment in SEGMENTS:  # nothing has a CRC of 0
             n_bytes = self.record.segment_bytes(segment)
-            crcs.append(zlib.crc32(record[at : at + n_bytes].data) if at < expected else crc_of_zeros(n_bytes))
+            crcs.append(zlib.crc32(record[at : at + n_bytes].data))
             at += n_bytes
         self._note({"layer": layer, "expert": index, "crc": crcs})
         if len(self.done_experts(layer)) == self.experts:
@@ -306,7 +323,7 @@ class ContainerWriter:
         write_at(file.fd, data, offset, file.path, self.missing_bytes)
 
     def _create(self, file: _File) -> None:
-        """Open a weight file if it is not, reserve its whole size on the disk if it has no holes, and write its header."""
+        """Open a weight file if it is not, reserve its whole size on the disk, and write its header."""
         if file.fd < 0:
             self._guarded(file.path, lambda: self._reserve(file))
 
@@ -314,8 +331,7 @@ class ContainerWriter:
         fd = os.open(file.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             try:
-                if self.bits == MAX_BITS:
-                    os.posix_fallocate(fd, 0, file.n_bytes)
+                os.posix_fallocate(fd, 0, file.n_bytes)
             except OSError as e:
                 if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                     raise
@@ -401,7 +417,7 @@ class ContainerWriter:
         small = self._contents | {CHECKSUMS: checksums}
         files = {name: FileFacts(len(data), hashlib.sha256(data).hexdigest()) for name, data in small.items()}
         files |= {file.name: FileFacts(file.n_bytes) for file in self._all_files()}
-        return Manifest(self.record, self.layers, self.experts, files, self._source, self._quantizer)
+        return Manifest(self.record, self.layers, self.experts, files, self._source, self._quantizer, kept=self._kept)
 
     def close(self) -> None:
         """Leave; what is not finished stays in the .partial folder and can be resumed."""

@@ -126,11 +126,11 @@ class Rule:
 
         return layer
 
-    def router(self, dial: np.ndarray[Any, np.dtype[np.float32]]) -> BitRouter:
+    def router(self, dial: np.ndarray[Any, np.dtype[np.float32]], worth: Tensor | None = None) -> BitRouter:
         weight = None if self.weight is None else self.weight.numpy()
         planes = self.monotone()
         base = planes[..., 0].numpy() if torch.isfinite(planes[..., 0]).all() else None
-        return BitRouter(planes[..., 1:].numpy(), self.powers.numpy(), weight, dial, base)
+        return BitRouter(planes[..., 1:].numpy(), self.powers.numpy(), weight, dial, base, None if worth is None else worth.numpy())
 
 
 Routed = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -174,19 +174,29 @@ class Measured:
     factor: Tensor
 
     def rule(self, prior: float = PRIOR, hidden: bool = True) -> Rule:
-        """The untrained start, without `weight` if not `hidden`. An expert's difference is mixed with the layer's, which counts as much as
-        `prior` of an even share of the text: experts that the text hardly used know little of themselves. Infinite: one row for a layer."""
-        layers, experts, _ = self.difference.shape
+        """The untrained start, without `weight` if not `hidden`; `prior` as in `steps`."""
+        planes = (self.steps(prior) / COSTS * self.sense[:, None, None]).clamp(min=TINY).log()
+        if hidden:
+            planes = planes - self.factor.log()[..., None]
+        powers = torch.tensor([[2.0, 0.0]]).repeat(len(planes), 1)
+        return Rule(planes.cummin(-1)[0].contiguous(), powers, self.weight if hidden else None)
+
+    def worth(self, tokens: int) -> Tensor:
+        """Nats a token that each step saved on average, [layers, experts, 7], not ascending from the first plane on; `tokens` were
+        measured on."""
+        found = (self.steps() * self.mass[..., None] / tokens * self.sense[:, None, None]).clamp(min=0)
+        return torch.cat([found[..., :1], found[..., 1:].cummin(-1)[0]], -1).contiguous()
+
+    def steps(self, prior: float = PRIOR) -> Tensor:
+        """By how much each step lowers the mean squared difference, [layers, experts, 7]. An expert's difference is mixed with the layer's,
+        which counts as much as `prior` of an even share of the text: experts that the text hardly used know little of themselves. Infinite:
+        one row for a layer."""
+        _, experts, _ = self.difference.shape
         share = (self.mass / self.mass.sum(-1, keepdim=True))[..., None]
         mean = (self.difference * share).sum(1, keepdim=True)
         own = share / (share + prior / experts)
         d = own * self.difference + (1 - own) * mean
-        step = d - torch.cat([d[..., 1:], torch.zeros_like(d[..., :1])], -1)
-        planes = (step / COSTS * self.sense[:, None, None]).clamp(min=TINY).log()
-        if hidden:
-            planes = planes - self.factor.log()[..., None]
-        powers = torch.tensor([[2.0, 0.0]]).repeat(layers, 1)
-        return Rule(planes.cummin(-1)[0].contiguous(), powers, self.weight if hidden else None)
+        return d - torch.cat([d[..., 1:], torch.zeros_like(d[..., :1])], -1)
 
 
 def measure(decoder: TorchDecoder, windows: Tensor, progress: Progress) -> Measured:

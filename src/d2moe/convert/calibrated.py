@@ -21,13 +21,16 @@ from d2moe.convert.job import Job, Progress, packed
 from d2moe.convert.source import ModelSource
 from d2moe.kernels import native
 from d2moe.planes import tile, tile_affine
-from d2moe.types import TILE_ROWS, ModelShape
+from d2moe.types import MAX_BITS, TILE_ROWS, ModelShape
 
 TARGETS = {
     "experts": (Target(2, 8.0), Target(3, 3.0), Target(4, 1.5), Target(5, 0.5), Target(6, 0.4), Target(8, 0.05)),
     "dense": (Target(4, 0.3), Target(5, 1.0), Target(6, 0.5), Target(8, 0.2)),
 }
 """The widths that count. Dense weights are read at two more bits than the experts, at 5 or more; 4 is for who asks for it."""
+BELOW, ABOVE = 0.1, 1e-3
+"""Where a matrix is rounded for the bits that are kept: what a width below these counts beside them, and what eight bits do, which nobody
+will read."""
 TIED = 0.1
 """What an embedding's own rows count beside the head's outputs where both are one matrix."""
 
@@ -35,6 +38,15 @@ TIED = 0.1
 def facts() -> dict[str, Any]:
     """What the quantiser's notes in a manifest say of all this."""
     return {"targets": {kind: {str(t.bits): t.share for t in targets} for kind, targets in TARGETS.items()}}
+
+
+def targets(kind: str, kept: int | None = None) -> tuple[Target, ...]:
+    """The widths that count for a matrix of which all bits are kept, or only `kept`: those of it count most then."""
+    if kept is None:
+        return TARGETS[kind]
+    lower = tuple(Target(t.bits, BELOW) for t in TARGETS[kind] if t.bits < kept)
+    above = (Target(MAX_BITS, ABOVE),) if kept < MAX_BITS else ()
+    return (*lower, Target(kept, 1.0), *above)
 
 
 def loss_tensors(shape: ModelShape) -> Tensors:
@@ -51,10 +63,12 @@ class CalibratedJob(Job):
     """A run of rounding with error feedback, layer by layer."""
 
     def __init__(
-        self, checkpoint: ModelSource, writer: ContainerWriter, group: int, threads: int, progress: Progress, windows: I32
-    ):
+        self, checkpoint: ModelSource, writer: ContainerWriter, group: int, threads: int, progress: Progress, windows: I32,
+        for_kept: bool = False,
+    ):  # fmt: skip
+        """`for_kept`: for the bits that `writer` keeps, more than for those below."""
         super().__init__(checkpoint, writer, group, threads, progress)
-        self._windows = windows
+        self._windows, self._for_kept = windows, for_kept
         self._balanced = checkpoint if isinstance(checkpoint, Balanced) else None
 
     def run(self) -> None:
@@ -109,7 +123,7 @@ class CalibratedJob(Job):
 
     def _corrected(self, name: str, hessian: F32) -> None:
         if not self._has_dense(name):
-            feedback = self._feedback(self._met(name, hessian), "dense")
+            feedback = self._feedback(self._met(name, hessian), "dense", self.writer.dense_width(name))
             self._linear(name, lambda piece: nested(feedback.round(self._inward(name, piece))))
 
     def _met(self, name: str, hessian: F32) -> F32:
@@ -120,13 +134,9 @@ class CalibratedJob(Job):
         turned: F32 = native.rotate(np.ascontiguousarray(native.rotate(hessian, span).T), span)
         return turned
 
-    def _feedback(self, hessian: F32, kind: str) -> Feedback:
-        return Feedback(
-            hessian,
-            self._group,
-            targets=TARGETS[kind],
-            threads=self._threads,
-        )
+    def _feedback(self, hessian: F32, kind: str, kept: int) -> Feedback:
+        wanted = targets(kind, kept if self._for_kept else None)
+        return Feedback(hessian, self._group, targets=wanted, threads=self._threads)
 
     def _experts(self, layer: int, routed: Routed) -> None:
         ready = self.writer.done_experts(layer)
@@ -138,7 +148,7 @@ class CalibratedJob(Job):
             hessians = routed.pass_on(index, **parts, measure=wanted)
             if hessians is None:
                 continue
-            matrices, found[index] = self._expert_of(*hessians, parts)
+            matrices, found[index] = self._expert_of(*hessians, parts, self.writer.width(layer, index))
             if index not in ready:
                 self.writer.add_expert(layer, index, matrices)
                 self._advance(self._expert_weights, f"layer {layer} expert {index}")
@@ -146,21 +156,24 @@ class CalibratedJob(Job):
             self.writer.add_dense(f"optional.tokens.{layer}", routed.tokens.astype(np.float32))
             self.writer.add_dense(losses, found)
 
-    def _expert_of(self, into: F32, inner: F32, parts: dict[str, F32]) -> tuple[dict[str, NestedMatrix], F64]:
+    def _expert_of(self, into: F32, inner: F32, parts: dict[str, F32], kept: int) -> tuple[dict[str, NestedMatrix], F64]:
         if self._balanced:
             by = inner_factors(inner, parts["down"])
             inner = inner / np.outer(by, by)
             parts = {"gate": parts["gate"], "up": parts["up"] / by[:, None], "down": parts["down"] * by}
         inner = self._met("down", inner)
-        first, second = self._feedback(into, "experts"), self._feedback(inner, "experts")
+        first, second = self._feedback(into, "experts", kept), self._feedback(inner, "experts", kept)
+        # Of what is measured: a width beyond the kept one is that one.
+        known = [t.bits for t in targets("experts", kept if self._for_kept else None)]
+        columns_of = [known.index(min(t.bits, kept)) for t in TARGETS["experts"]]
         matrices, losses = {}, []
         for name in PROJECTIONS:
             weights = self._inward(name, parts[name])
             rounded = (second if name == "down" else first).round(weights)
             hessian = inner if name == "down" else into
-            matrices[name] = nested(rounded)
+            matrices[name] = nested(rounded).cut(kept)
             energy = np.vdot(weights @ hessian, weights)
-            losses.append(rounded.losses / max(float(energy), 1e-30))
+            losses.append(rounded.losses[columns_of] / max(float(energy), 1e-30))
         return matrices, np.array(losses)
 
 

@@ -25,7 +25,7 @@ from d2moe.container.safetensors_header import SafetensorsFile, as_float32
 from d2moe.errors import CheckpointError
 from d2moe.models import SourceNames, family, shape_from_config
 from d2moe.models.config import Source
-from d2moe.types import ModelShape
+from d2moe.types import MAX_BITS, ModelShape
 
 F32 = npt.NDArray[np.float32]
 
@@ -60,12 +60,13 @@ def target_shape(canonical: str, source: Source) -> tuple[int, ...]:
     return shape[1:] if len(shape) == 2 and shape[0] == 1 and canonical.endswith(".mix") else shape
 
 
-def dense_tensors(sources: Mapping[str, Source], group: int) -> Tensors:
-    """What the dense file of a model with these tensors holds, in file order: nine arrays of each quantised matrix."""
+def dense_tensors(sources: Mapping[str, Source], group: int, bits: Mapping[str, int] | None = None) -> Tensors:
+    """What the dense file of a model with these tensors holds, in file order: of each quantised matrix the arrays of all eight bits, or of
+    as many as `bits` says."""
     out: Tensors = {}
     for name, source in sources.items():
         if source.quantized:
-            out |= MatrixLayout(source.shape[0], source.shape[1], group).tensors(name)
+            out |= MatrixLayout(source.shape[0], source.shape[1], group, (bits or {}).get(name, MAX_BITS)).tensors(name)
         else:
             out[name] = ("F32", target_shape(name, source))
     return out

@@ -92,14 +92,14 @@ class Job:
             return
         tile = 0
         for piece in self.checkpoint.linear_pieces(name, TILE_ROWS):
-            matrix = encode(piece)
+            matrix = encode(piece).cut(self.writer.dense_width(name))
             self.writer.add_nested(name, matrix, tile)
             tile += len(matrix.row_scale)
             self._advance(piece.size, name)
 
     def _expert(self, layer: int, index: int) -> None:
         parts = self.checkpoint.read_expert(layer, index)
-        matrices = {name: self._nearest(name, weights) for name, weights in parts}
+        matrices = {name: self._nearest(name, weights).cut(self.writer.width(layer, index)) for name, weights in parts}
         self.writer.add_expert(layer, index, matrices)
 
     def _inward(self, name: str, weights: F32) -> F32:

@@ -100,7 +100,8 @@ def train(
             course = [_digest(more), steps, str(reference)]
             candidates[method] = _learn(learner, more, teacher, kept, course, stage("training"))
             dials[method] = calibrate(decoder, candidates[method], windows, stage("calibrating again"))
-        routers = {name: rule.router(dials[name]) for name, rule in candidates.items()}
+        worth = measured.worth(windows.numel())
+        routers = {name: rule.router(dials[name], worth) for name, rule in candidates.items()}
         table, best = _compare(decoder, candidates, routers, held, teacher, stage("comparing"))
     except KeyboardInterrupt:
         if not kept.state:

@@ -91,9 +91,8 @@ def synthesise(
 ) -> Path:
     """Write a container of `config`'s shape to `dst` with random weights and the given tokenizer.json.
 
-    The experts' planes above `bits` are holes of the files: they read as zeros and take no space on the disk, so a large
-    model can be measured at `bits` where it would not fit in full. Zeros are not random bits: wider than that all weights
-    lean to one side, and so do the routers. The same arguments give the same bytes.
+    Experts have `bits` bits, so a large model can be measured at these where it would not fit in full. The same arguments give the
+    same bytes.
     """
     check_width(bits)
     shape = shape_from_config(config, "synthetic config")
@@ -108,7 +107,7 @@ def synthesise(
         files={"config.json": json.dumps(config).encode(), "tokenizer.json": tokenizer},
         source={"synthetic": True, "seed": seed, "ignored_config_keys": []},
         quantizer={"name": "none", "group": group, "bits": bits},
-        bits=bits,
+        kept=dict.fromkeys(shape.moe_layers, (bits,) * shape.experts) if bits < MAX_BITS else None,
     )
     with writer:
         for name, source in sources.items():

@@ -60,7 +60,8 @@ class TorchDecoder:
 
     def _dense(self, name: str, rows: int, cols: int) -> Tensor:
         rotation = self.container.record.rotation_of(name)
-        return matrix(self.container.read_nested(name, MAX_BITS), MAX_BITS, rows, cols, rotation)
+        found = self.container.read_nested(name, MAX_BITS)
+        return matrix(found, found.bits, rows, cols, rotation)
 
     def _vector(self, name: str) -> Tensor:
         return torch.from_numpy(self.container.read_dense(name))
@@ -115,12 +116,13 @@ class TorchDecoder:
         return out.index_put((token, rank), torch.cat(answers))
 
     def expert(self, index: int, expert: int, bits: int) -> list[Tensor]:
-        """Gate, up and down of an expert as float32 at `bits`."""
+        """Gate, up and down of an expert as float32 at `bits`, or at what its record has."""
+        bits = self.container.width(index, expert, bits)
         key = index, expert, bits
         if key not in self._experts:
             record = self._records.get((index, expert))
             if record is None:
-                record = self._records[index, expert] = self.container.read_expert(index, expert, MAX_BITS)
+                record = self._records[index, expert] = self.container.read_expert(index, expert, self.container.width(index, expert))
                 if len(self._records) > self._kept:
                     self._records.popitem(last=False)
             self._experts[key] = [matrix(record[p], bits, *self._shapes[p], self.container.record.rotation_of(p)) for p in PROJECTIONS]

@@ -39,10 +39,9 @@ class Point:
 
 
 def budgets(container: Container) -> list[tuple[float, int]]:
-    """(share, bytes) for experts, each enough for one expert of 8 bits."""
-    record = container.record
-    whole = len(container.moe_layers) * container.experts * record.prefix_bytes(4)
-    return [(share, max(int(share * whole), record.record_bytes)) for share in SHARES]
+    """(share, bytes) for experts, each enough for one whole expert."""
+    whole, one = container.experts_bytes(4), container.record.prefix_bytes(container.most_bits)
+    return [(share, max(int(share * whole), one)) for share in SHARES]
 
 
 def measure(engine: Any, tokens: Sequence[int], warm: int, bits: float, share: float) -> Point:

@@ -26,6 +26,7 @@ from d2moe.runtime.engine import Engine
 from d2moe.runtime.memory import usable_cpus
 from d2moe.runtime.request import Chunk
 from d2moe.simulate.device import FORMAT, Device
+from d2moe.types import BASE_BITS, WIDTHS
 
 READ_WIDTHS = (2, 4, 8)
 """Prefixes that are read, besides a single plane: the block sizes."""
@@ -56,7 +57,7 @@ def profile_path(container: Container, threads: int | None = None) -> Path:
     """Where the profile of this machine with this model is kept, be it there or not."""
     r, shape = container.record, container.config
     disk = container.path.stat().st_dev
-    facts = [FORMAT, _cpu_name(), threads or usable_cpus(), r.hidden, r.inner, r.group, r.record_bytes, container.experts]
+    facts = [FORMAT, _cpu_name(), threads or usable_cpus(), r.hidden, r.inner, r.group, container.experts_bytes(), container.experts]
     facts += [container.moe_layers, disk, tier(container.path, True), shape.get("num_hidden_layers"), shape.get("vocab_size")]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     return cache_folder() / "devices" / f"{container.path.resolve().stem}-{key}.json"
@@ -115,7 +116,7 @@ def profile(engine: Engine, tokens: list[int], progress: Callable[[int, int], No
         "model": container.path.name,
         "layers": len(container.moe_layers),
         "experts": container.experts,
-        "record_bytes": container.record.record_bytes,
+        "record_bytes": container.experts_bytes() // container.kept.size,
         "cpu": _cpu_name(),
         "kernels": about["kernels"],
         "threads": about["threads"],
@@ -169,7 +170,10 @@ def _measure_reads(engine: Engine, direct: bool, advance: Callable[[], None]) ->
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     found: Rates = {}
     rng = np.random.default_rng(0)
-    blocks = [(7, 8, record.plane_bytes), *((0, bits, record.prefix_bytes(bits)) for bits in READ_WIDTHS)]
+    having = {bits: np.flatnonzero(container.kept.reshape(-1) >= bits) for bits in WIDTHS}
+    most = max((bits for bits in WIDTHS if 2 * len(having[bits]) >= container.kept.size), default=BASE_BITS)
+    blocks = [(most - 1, most, record.plane_bytes)] if most > BASE_BITS else []
+    blocks += [(0, bits, record.prefix_bytes(bits)) for bits in READ_WIDTHS if bits <= most]
     for depth in DEPTHS:
         experts = engine.new_experts(direct=direct, depth=depth)
         if bool(experts.direct) != direct:
@@ -177,11 +181,12 @@ def _measure_reads(engine: Engine, direct: bool, advance: Callable[[], None]) ->
                 advance()
             continue
         for have, bits, size in blocks:
-            count = max(depth, min(BURST_BYTES // record.prefix_bytes(bits), len(container.moe_layers) * container.experts // 2))
+            there = having[bits]
+            count = min(len(there), max(depth, min(BURST_BYTES // record.prefix_bytes(bits), len(there) // 2)))
             experts.set_limit(count * record.prefix_bytes(bits))
             begun, spent, total = time.perf_counter(), 0.0, 0
             while total == 0 or time.perf_counter() - begun < MEASURE_S:
-                flat = rng.choice(len(container.moe_layers) * container.experts, count, replace=False)
+                flat = rng.choice(there, count, replace=False)
                 moves = np.column_stack([*np.divmod(flat, container.experts), np.full(count, bits)]).astype(np.int32)
                 if have:
                     moves[:, 2] = have

@@ -115,7 +115,7 @@ def errors_of(container: Container, progress: Progress = lambda done, total: Non
     found = {layer: np.zeros((count, len(PROJECTIONS), len(WEIGHT_WIDTHS))) for layer in layers}
     for done, (layer, e) in enumerate((layer, e) for layer in layers for e in range(count)):
         progress(done, len(layers) * count)
-        matrices = container.read_expert(layer, experts[e], 8)
+        matrices = container.read_expert(layer, experts[e], container.width(layer, experts[e]))
         for p, name in enumerate(PROJECTIONS):
             found[layer][e, p] = _weight_errors(matrices[name])
     return Errors("weights", WEIGHT_WIDTHS, found, None, experts)
@@ -124,9 +124,9 @@ def errors_of(container: Container, progress: Progress = lambda done, total: Non
 def _weight_errors(matrix: NestedMatrix) -> F64:
     codes = planes.untile(planes.unpack(matrix.base, matrix.planes))
     affine, scale = planes.untile_affine(matrix.affine), matrix.row_scale.reshape(-1)
-    whole = planes.dequantize(codes, affine, scale, 8, *codes.shape)
+    whole = planes.dequantize(codes, affine, scale, matrix.bits, *codes.shape)
     energy = max(float(np.square(whole, dtype=np.float64).sum()), 1e-30)
-    wrong = (planes.dequantize(codes, affine, scale, bits, *codes.shape) - whole for bits in WEIGHT_WIDTHS)
+    wrong = (planes.dequantize(codes, affine, scale, min(bits, matrix.bits), *codes.shape) - whole for bits in WEIGHT_WIDTHS)
     return np.array([np.square(w, dtype=np.float64).sum() / energy for w in wrong])
 
 

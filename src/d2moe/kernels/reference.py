@@ -238,7 +238,7 @@ class Program:
                 wide = np.repeat(least[:, None], self.ids.shape[2], 1)
                 if widths is not None:
                     wide = widths.widths(self.x, self.h, self.ids[moe, :n], self.gates, least, most, price)
-                self.bits[moe, :n] = wide
+                self.bits[moe, :n] = wide = np.minimum(wide, self.experts.f["kept"][moe][self.ids[moe, :n]]).astype(np.int32)
                 self.routed, self.begun = True, False
                 widest = self.widest(moe)
                 self._wanted += self.count(widest)
@@ -299,7 +299,7 @@ class Program:
     def choose(self, bits: I32, gates: F32 | None = None) -> None:
         moe = self.layers[self.next][-1]
         self._wanted -= self.count(self.widest(moe))
-        self.bits[moe, : len(self.x)] = bits
+        self.bits[moe, : len(self.x)] = np.minimum(bits, self.experts.f["kept"][moe][self.ids[moe, : len(self.x)]])
         self._wanted += self.count(self.widest(moe))
         self.gates = self.gates if gates is None else gates.copy()
 
@@ -349,7 +349,7 @@ class Experts:
 
     def read(self, moves: I32, may_wait: bool = False) -> None:
         for layer, expert, bits in moves.tolist():
-            have = self.width(layer, expert)
+            have, bits = self.width(layer, expert), min(bits, int(self.f["kept"][layer, expert]))
             if bits > have:
                 self.read_bytes += self.prefix_bytes(bits) - self.prefix_bytes(have)
                 self.reads += 1
@@ -390,7 +390,7 @@ class Experts:
         """Gate, up and down as they lie in the record (docs/format.md, "Expert records")."""
         f, group = self.f, self.f["group"]
         with Path(f["paths"][layer]).open("rb") as file:
-            file.seek(f["offsets"][layer] + expert * self.prefix_bytes(MAX_BITS))
+            file.seek(f["offsets"][layer, expert])
             data = np.frombuffer(file.read(self.prefix_bytes(bits)), np.uint8)
         shapes = [(f["inner"], f["hidden"])] * 2 + [(f["hidden"], f["inner"])]
         blocks = [(-(-rows // 16), -(-cols // group)) for rows, cols in shapes]

@@ -110,9 +110,8 @@ class Decoder:
     def _linear(self, name: str, rows: int, cols: int) -> Any:
         w, dense = self._weights, self._dense
         bias = w.read_dense(f"{name}_bias") if w.has(f"{name}_bias") else None
-        bits = dense.widths.of(name)
-        m = w.read_nested(name, bits, dense.allocate)
-        return self._backend.Linear(rows, cols, dense.group, bits, m.row_scale, m.affine, m.base, m.planes, bias)
+        m = w.read_nested(name, dense.widths.of(name), dense.allocate)
+        return self._backend.Linear(rows, cols, dense.group, m.bits, m.row_scale, m.affine, m.base, m.planes, bias)
 
     def _feed_forward(self, name: str, inner: int, mix: F32 | None, norm: F32 | None) -> Any:
         hidden = self.shape.hidden

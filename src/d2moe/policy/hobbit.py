@@ -78,6 +78,6 @@ class Hobbit(WholeExperts):
             self.pinned = {pin for pin in self.pinned if pin[0] != target}
             wave = self.read_ahead(layer, target, experts, bits)
             self.pinned |= {(target, e) for e in experts if self.ledger.width[target, e] > 0}
-            if wave is not None or (self.ledger.width[target, experts] < bits).any():
+            if wave is not None or self.ledger.lack(target, experts, bits):
                 return wave
         return None

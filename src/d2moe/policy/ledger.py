@@ -37,8 +37,13 @@ class Ledger:
     The compiled core keeps and changes it (`core`, csrc/ledger.h), so that a step can be planned without Python.
     """
 
-    def __init__(self, layers: int, experts: int, base_bytes: int, plane_bytes: int, limit_bytes: int):
+    def __init__(
+        self, layers: int, experts: int, base_bytes: int, plane_bytes: int, limit_bytes: int,
+        kept: npt.NDArray[np.int64] | None = None,
+    ):  # fmt: skip
         self.layers, self.experts = layers, experts
+        self.kept = np.full((layers, experts), MAX_BITS) if kept is None else kept
+        """Bits that each expert's record has, int64 [layers, experts]: nobody can ask for more."""
         self.base_bytes, self.plane_bytes = base_bytes, plane_bytes
         self.core = native.Ledger(layers, experts, base_bytes, plane_bytes, limit_bytes, FADE, LAST_CALL)
         self.width: I32 = self.core.width
@@ -84,6 +89,11 @@ class Ledger:
         self.core.value()
         share: npt.NDArray[np.float64] = self.core.demand[..., 0] / np.maximum(self.core.tokens[:, None], 1)
         return share
+
+    def lack(self, layer: int, experts: list[int], bits: int) -> dict[int, int]:
+        """Those of a layer's experts that have less than `bits`, and less than their records have, with the width they would get."""
+        most = np.minimum(bits, self.kept[layer, experts]).tolist()
+        return {e: w for e, w, have in zip(experts, most, self.width[layer, experts].tolist(), strict=True) if have < w}
 
     def grow(self, layer: int, expert: int, bits: int) -> None:
         """The expert now has (or is being read up to) `bits`."""

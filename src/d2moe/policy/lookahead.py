@@ -45,6 +45,6 @@ class Lookahead(WholeExperts):
     def prefetch(self, layer: int, forecast: I32, bits: int) -> Wave | None:
         self.known = {layer + step: found for step in range(1, AHEAD + 1) if (found := named(forecast, step))}
         for target, experts in self.known.items():
-            if (self.ledger.width[target, experts] < bits).any():
+            if self.ledger.lack(target, experts, bits):
                 return self.read_ahead(layer, target, experts[: 2 * self.top_k], bits)
         return None

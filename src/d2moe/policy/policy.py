@@ -135,29 +135,30 @@ class WholeExperts(Policy):
         return hebf.define(self.ledger, layer, ids, bits)
 
     def read_ahead(self, layer: int, target: int, experts: list[int], bits: int) -> Wave | None:
-        """A wave that brings `experts` of layer `target` to `bits`, evicting for it what is worth less; those that fit, in order.
+        """A wave that brings `experts` of layer `target` to `bits`, or what their records have, evicting for it what is worth
+        less; those that fit, in order.
 
         This layer's experts and those of the target that are there stay.
         """
         ledger = self.ledger
-        wanted = [e for e in experts if ledger.width[target, e] < bits]
+        wanted = ledger.lack(target, experts, bits)
         here = {(layer, int(e)) for e in np.flatnonzero(self.last[layer] == self.calls - 1)}
         pinned, self.pinned, self._reading_ahead = self.pinned, self.pinned | here, True
         try:
             while wanted:
-                total = sum(int(ledger.prefix_bytes[bits] - ledger.prefix_bytes[ledger.width[target, e]]) for e in wanted)
+                total = sum(ledger.prefix[w] - ledger.prefix[ledger.width[target, e]] for e, w in wanted.items())
                 freed = ledger.make_room(total, target, set(experts))
                 if freed is not None:
                     break
-                wanted.pop()
+                wanted.popitem()
         finally:
             self.pinned, self._reading_ahead = pinned, False
         if not wanted:
             return None
         assert freed is not None
-        for e in wanted:
-            ledger.grow(target, e, bits)
-        return Wave.of(freed, [(target, e, bits) for e in wanted], total)
+        for e, w in wanted.items():
+            ledger.grow(target, e, w)
+        return Wave.of(freed, [(target, e, w) for e, w in wanted.items()], total)
 
 
 def mass_before(gates: F32) -> F64:

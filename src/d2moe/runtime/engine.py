@@ -43,7 +43,7 @@ class Engine:
         self.context = config.context or min(shape.context, DEFAULT_CONTEXT)
         if self.context > shape.context:
             raise ConfigError(f"{where}: a context of {self.context} tokens is more than the {shape.context} the model was made for")
-        self.dense_widths = config.dense_widths(own_embedding=not shape.tied_embeddings)
+        self.dense_widths = container.stored_widths(config.dense_widths(own_embedding=not shape.tied_embeddings))
         threads = config.threads or memory.usable_cpus()
         record, layers = container.record, container.moe_layers
         self.router = read_router(container)  # before the budget is split, which counts what the process holds by then
@@ -57,8 +57,8 @@ class Engine:
             shape,
             group=record.group,
             dense=container.dense_bytes(self.dense_widths),
-            all_experts=record.record_bytes * len(layers) * container.experts,
-            one_expert=record.record_bytes,
+            all_experts=container.experts_bytes(),
+            one_expert=record.prefix_bytes(container.most_bits),
             context=self.context,
             threads=threads,
             where=where,
@@ -83,7 +83,7 @@ class Engine:
         self._backend = backend
         self.experts = self.new_experts(config.direct, config.read_depth)
         self.experts.set_limit(self.budget.experts)
-        self.ledger = Ledger(len(layers), container.experts, record.base_bytes, record.plane_bytes, self.budget.experts)
+        self.ledger = Ledger(len(layers), container.experts, record.base_bytes, record.plane_bytes, self.budget.experts, container.kept)
         self.counters = Counters()
         self._learn = Trace.load(config.learn) if config.learn else None
         self.policy = policy.make(config.policy, self.ledger, shape.top_k, learn=self._learn)
@@ -122,7 +122,8 @@ class Engine:
             base_bytes=record.base_bytes,
             plane_bytes=record.plane_bytes,
             paths=[str(container.expert_path(layer)) for layer in container.moe_layers],
-            offsets=[container.expert_offset(layer, 0) for layer in container.moe_layers],
+            offsets=container.offsets,
+            kept=container.kept,
             direct=direct,
             depth=depth,
             rotation=record.rotation,
@@ -151,6 +152,11 @@ class Engine:
     def new_sequence(self) -> Sequence:
         return Sequence(self.pages)
 
+    @property
+    def least_bytes(self) -> int:
+        """Of the whole process, as long as the model stays loaded: one expert must have room."""
+        return self.budget.fixed + self.container.record.prefix_bytes(self.container.most_bits)
+
     def set_memory(self, n_bytes: int) -> None:
         """Change the budget of the whole process between two steps; what experts hold beyond it goes back at once, the least
         valuable planes first.
@@ -158,14 +164,13 @@ class Engine:
         Only the experts' share changes; it is all that is left then, whatever `expert_memory_bytes` was. MemoryBudgetError, and no
         change, if it would not hold one expert or is more than a cgroup allows.
         """
-        record = self.container.record
-        least = self.budget.fixed + record.record_bytes
+        least = self.least_bytes
         if n_bytes < least:
             raise MemoryBudgetError(
                 f"{self.container.path.name}: a memory of {show_bytes(n_bytes)} is too small; the least that would do is "
                 f"{show_bytes(least)} as long as the model stays loaded"
             )
-        experts = min(n_bytes - self.budget.fixed, record.record_bytes * self.ledger.layers * self.ledger.experts)
+        experts = min(n_bytes - self.budget.fixed, self.container.experts_bytes())
         memory.check_allowed(self.budget.fixed + experts, self.container.path.name)
         self.ledger.limit_bytes = experts
         freed = self.ledger.make_room(0, 0, set()) or {}

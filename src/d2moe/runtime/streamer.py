@@ -161,6 +161,7 @@ class Streamer:
             asked = bits
             bits, gates = policy.choose(layer, ids, asked, decoder.program.gates)
             if bits is not asked:
+                bits = np.minimum(bits, self.ledger.kept[layer, ids])  # a policy need not know what records have
                 # Before the core overwrites what was asked; what the width router itself left out counts as 0 bits.
                 c.uses -= int(np.count_nonzero((bits == 0) & (asked > 0)))
                 decoder.program.choose(np.ascontiguousarray(bits, np.int32), gates)

@@ -96,7 +96,7 @@ def snapshot(service: Service) -> dict[str, Any]:
         "running": running,
         "waiting": max(0, worker.live - running),
         "memory_bytes": engine.budget.memory,
-        "least_memory_bytes": engine.budget.fixed + engine.container.record.record_bytes,
+        "least_memory_bytes": engine.least_bytes,
         "resident_bytes": memory.resident_bytes(),
         "expert_bytes": ledger.used_bytes,
         "expert_budget_bytes": engine.budget.experts,

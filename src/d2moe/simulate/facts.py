@@ -8,13 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from d2moe.container import Container, MatrixLayout, RecordLayout
 from d2moe.errors import ConfigError, ContainerError
 from d2moe.models import family, shape_from_config
 from d2moe.policy.trace import Meta
 from d2moe.runtime.config import EngineConfig
 from d2moe.simulate.device import Device, guess, parse_rates
-from d2moe.types import GROUP, WIDTHS, DenseWidths, ModelShape
+from d2moe.types import GROUP, MAX_BITS, WIDTHS, DenseWidths, ModelShape
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class ModelFacts:
     dense_bytes: Callable[[DenseWidths], int]
     kept_bytes: Callable[[DenseWidths], int]
     """Those a step reads: not the embedding, of which a token is one row."""
+    kept: npt.NDArray[np.int64] | None = None
+    """Bits that each expert has [layers with experts, experts]; None: all eight."""
 
     def meta(self) -> Meta:
         """What a trace of this model says of itself."""
@@ -35,7 +40,14 @@ class ModelFacts:
         return Meta(len(s.moe_layers), s.experts, s.top_k, *sizes, last, self.name)
 
     def all_experts_bytes(self, bits: int) -> int:
-        return len(self.shape.moe_layers) * self.shape.experts * self.record.prefix_bytes(bits)
+        if self.kept is None:
+            return len(self.shape.moe_layers) * self.shape.experts * self.record.prefix_bytes(bits)
+        return sum(self.record.prefix_bytes(b) for b in np.minimum(self.kept, bits).reshape(-1).tolist())
+
+    @property
+    def one_expert_bytes(self) -> int:
+        """The largest."""
+        return self.record.prefix_bytes(MAX_BITS if self.kept is None else int(self.kept.max()))
 
     def dense_widths(self, config: EngineConfig) -> DenseWidths:
         return config.dense_widths(own_embedding=not self.shape.tied_embeddings)
@@ -60,10 +72,11 @@ class ModelFacts:
 
 def model_facts(path: Path, group: int = GROUP) -> ModelFacts:
     """Facts of a converted model's folder, or of a config.json (or a folder with one), for which `group` is assumed."""
+    kept, stored = None, {}
     if (path / "d2moe.json").is_file() or (path / "experts").is_dir():
         container = Container.open(path)
         shape = shape_from_config(container.config, f"{path}/config.json", container.manifest.source.get("ignored_config_keys", []))
-        record = container.record
+        record, kept, stored = container.record, container.kept, container.nested
     else:
         file = path / "config.json" if path.is_dir() else path
         if not file.is_file():
@@ -83,11 +96,12 @@ def model_facts(path: Path, group: int = GROUP) -> ModelFacts:
         for name, source in sources.items():
             if name != without:
                 if source.quantized:
-                    total += MatrixLayout(source.shape[0], source.shape[1], record.group).memory_bytes(widths.of(name))
+                    layout = stored.get(name) or MatrixLayout(source.shape[0], source.shape[1], record.group)
+                    total += layout.memory_bytes(widths.of(name))
                 else:
                     total += 4 * math.prod(source.shape)
         return total
 
     untied = "" if shape.tied_embeddings else "embed"
     name = path.parent.name or path.name if path.name == "config.json" else path.name
-    return ModelFacts(name, shape, record, size, lambda widths: size(widths, untied))
+    return ModelFacts(name, shape, record, size, lambda widths: size(widths, untied), kept)

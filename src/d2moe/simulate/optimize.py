@@ -120,9 +120,11 @@ def optimise(
     tokens_per_s: float = 0.0,
     bytes_per_token: float = float("inf"),
     policy: str = "hebf",
+    kept: npt.NDArray[np.int64] | None = None,
     progress: Callable[[], None] | None = None,
 ) -> tuple[Outcome | None, Outcome | None]:
-    """The widest average by the router, and the widest plain width, that reach both targets with `memory_bytes` for experts; None
+    """The widest average by the router, and the widest plain width, that reach both targets with `memory_bytes` for experts, of which each
+    has the bits in `kept` [layers, experts] (None: all); None
     where not even 2 bits do. About 12 simulations; speed is taken to fall with width.
 
     MemoryBudgetError if the memory does not hold one expert of 8 bits.
@@ -130,6 +132,8 @@ def optimise(
 
     def outcome(bits: float, plain: bool) -> Outcome:
         asked = np.full(trace.arrays["ids"].shape, bits, np.uint8) if plain else widths(trace, router, bits)
+        if kept is not None:
+            asked = np.minimum(asked, kept[trace.layers()[:, None], trace.arrays["ids"]]).astype(np.uint8)
         found = simulate(Trace(trace.meta, trace.arrays | {"bits": asked}), device, memory_bytes, policy=policy)
         if progress is not None:
             progress()

@@ -13,7 +13,7 @@ from d2moe.simulate.device import Device
 from d2moe.simulate.facts import ModelFacts
 from d2moe.simulate.simulate import simulate
 from d2moe.simulate.synthetic import synthetic_trace
-from d2moe.types import DenseWidths
+from d2moe.types import MAX_BITS, DenseWidths
 
 TOKENS = 48
 """Decoded in each simulation after PROMPT_TOKENS that fill the slots."""
@@ -50,14 +50,14 @@ def experts_bytes(facts: ModelFacts, config: EngineConfig, threads: int) -> int:
 
 
 def _split(facts: ModelFacts, config: EngineConfig, threads: int) -> memory.Budget:
-    record, shape = facts.record, facts.shape
+    shape = facts.shape
     return memory.split(
         config,
         shape,
-        group=record.group,
+        group=facts.record.group,
         dense=facts.dense_bytes(facts.dense_widths(config)),
-        all_experts=record.record_bytes * len(shape.moe_layers) * shape.experts,
-        one_expert=record.record_bytes,
+        all_experts=facts.all_experts_bytes(MAX_BITS),
+        one_expert=facts.one_expert_bytes,
         context=config.context or shape.context,
         threads=threads,
         where=facts.name,
@@ -87,7 +87,7 @@ def plan(
             config = EngineConfig(memory_bytes=budget, bits=bits, context=context)
             try:
                 experts = experts_bytes(facts, config, threads)
-                found = simulate(trace, device(facts.dense_widths(config)), experts, policy=policy, bits=bits)
+                found = simulate(trace, device(facts.dense_widths(config)), experts, policy=policy, bits=bits, kept=facts.kept)
             except MemoryBudgetError:
                 out.append(Choice(budget, bits))
             else:

@@ -237,18 +237,22 @@ def simulate(
     *,
     policy: str = "hebf",
     bits: int | None = None,
+    kept: npt.NDArray[np.int64] | None = None,
     learn: Trace | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
-    """Replay `trace` with `memory_bytes` for experts; `bits` replaces the widths that were asked for, `learn` is for policies that
-    learn beforehand.
+    """Replay `trace` with `memory_bytes` for experts; `bits` replaces the widths that were asked for, `kept` int64 [layers, experts] is
+    what records have, `learn` is for policies that learn beforehand.
 
     MemoryBudgetError if the memory does not hold one expert, ConfigError for a policy that does not exist.
     """
     if bits is not None:
         trace = Trace(trace.meta, trace.arrays | {"bits": np.full_like(trace.arrays["bits"], bits)})
     m = trace.meta
-    ledger = Ledger(m.layers, m.experts, m.base_bytes, m.plane_bytes, memory_bytes)
+    if kept is not None:
+        most = kept[trace.layers()[:, None], trace.arrays["ids"]]
+        trace = Trace(m, trace.arrays | {"bits": np.minimum(trace.arrays["bits"], most).astype(np.uint8)})
+    ledger = Ledger(m.layers, m.experts, m.base_bytes, m.plane_bytes, memory_bytes, kept)
     widest = int(trace.arrays["bits"].max(initial=2))
     if memory_bytes < ledger.prefix_bytes[widest]:
         raise MemoryBudgetError(
