@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -34,10 +35,11 @@ import quality_llama as llama
 import quality_quantisers as peers
 import torch
 from quality_model import Model, Text, Weights, is_expert, matrices, read, read_text
-from quality_page import page
+from quality_page import CUT, page
 from tokenizers import Tokenizer
 
-from d2moe.container import Container
+from d2moe.container import Container, read_router
+from d2moe.container.trim import Trimmer
 from d2moe.convert.calibration import Calibration
 from d2moe.convert.pipeline import convert
 from d2moe.convert.route_training import train
@@ -52,7 +54,11 @@ from d2moe.types import DenseWidths
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "quality.md"
 BITS = (2, 3, 4, 5, 6, 8)
+SIZES = (2.0, 2.25, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
+"""Average widths of experts to which ours is cut."""
 DIALS = (2.25, 2.5, 3.0, 3.5, 4.0, 5.0)
+ROUTER_TOKENS = 65536
+"""To measure what each plane is worth with."""
 TIED = 0.1
 """What an embedding's own rows count beside the head's inputs, for all quantisers that are calibrated (as in our own)."""
 TEXTS = {"WikiText-2 test": "wikitext2.test.raw.txt", "held-out Wikipedia": "heldout_wiki.txt"}
@@ -152,20 +158,49 @@ class Laboratory:
                 logits = engine_logits(path, bits, dense)
             yield Contestant(family, f"{bits} bits", rule, container_bytes(container, bits, dense), run), logits
 
-    def dialled(self) -> Iterator[Entry]:
-        """Ours with its width router, as the engine runs it. Bytes are those of a model all of whose experts had the average width:
-        what a token reads of its experts is the same share of them."""
-        wanted = [dial for dial in DIALS if ("d2moe, dial", f"{dial:g} bits", "wider", "engine") not in self.done]
+    def routed(self) -> Path:
+        """Ours with its width router."""
         plain, path = self.folder / "calibrated.d2moe", self.folder / "dialled.d2moe"
-        if wanted and not path.exists():
-            tell("d2moe, dial: training the width router")
+        if path.exists() and ((router := read_router(Container.open(path))) is None or router.worth is None):
+            shutil.rmtree(path)  # of an earlier version
+        if not path.exists():
+            tell("d2moe: training the width router")
             if not plain.exists():
                 convert(self.checkpoint, plain, calibration=self.calibration)
             shutil.copytree(plain, path)
             tokenizer = Tokenizer.from_file(str(self.checkpoint / "tokenizer.json"))
             texts = {f.name: tokenizer.encode(read_text(f), add_special_tokens=False).ids for f in self.calibration.files}
-            train(path, texts, reference=self.checkpoint)
-        for dial in wanted:
+            train(path, texts, reference=self.checkpoint, tokens=ROUTER_TOKENS)
+        return path
+
+    def cut(self) -> Iterator[Entry]:
+        """Ours cut to a size by what each plane is worth (d2moe trim), and converted again for what was left of each expert
+        (convert --widths-of)."""
+        for bits in SIZES:
+            keys = [(family, f"{bits:g} bits", "wider", run) for family in CUT for run in ("weights", "engine")]
+            if all(key in self.done for key in keys):
+                continue
+            small, made = self.folder / f"cut-{bits:g}.d2moe", self.folder / f"made-{bits:g}.d2moe"
+            if not small.exists():
+                trimmer = Trimmer(self.routed())
+                trimmer.write(trimmer.to_bits(bits), small)
+            if not made.exists():
+                tell(f"d2moe, made for its size: converting at {bits:g} bits")
+                convert(self.checkpoint, made, calibration=self.calibration, widths_of=small)
+            for family, path in zip(CUT, (small, made), strict=True):
+                container = Container.open(path)
+                n_bytes = container_bytes(container, 8, 8)
+                code, weights = f"{bits:g} bits", container_weights(container, self.weights, 8, 8)
+                yield Contestant(family, code, "wider", n_bytes), self.logits_of(weights)
+                yield Contestant(family, code, "wider", n_bytes, "engine"), engine_logits(path, 8, 8)
+
+    def dialled(self) -> Iterator[Entry]:
+        """Ours with its width router, as the engine runs it. Bytes are those of a model all of whose experts had the average width:
+        what a token reads of its experts is the same share of them."""
+        for dial in DIALS:
+            if ("d2moe, dial", f"{dial:g} bits", "wider", "engine") in self.done:
+                continue
+            path = self.routed()
             dense = dense_width(dial, "wider")
             n_bytes = container_bytes(Container.open(path), dial, dense)
             yield Contestant("d2moe, dial", f"{dial:g} bits", "wider", n_bytes, "engine"), engine_logits(path, dial, dense)
@@ -254,17 +289,17 @@ WIDER |= {"Q5_K": "Q8_0", "Q6_K": "Q8_0", "Q8_0": "Q8_0"}
 
 
 def container_weights(container: Container, like: Weights, bits: int, dense: int) -> Weights:
-    """Everything in a container as float32 at the two widths; the floats are the container's own, which it balanced."""
-
+    """Everything in a container as float32 at the two widths, or at what there is; the floats are its own, which it balanced."""
     turn = container.record.rotation_of
     weights: Weights = {}
     for name, w in like.items():
         if is_expert(name):
             layer, part = int(name.split(".")[1]), name.rpartition(".")[2]
-            found = [container.read_expert(layer, e, bits)[part] for e in range(container.experts)]
-            weights[name] = torch.stack([matrix(m, bits, w.shape[1], w.shape[2], turn(part)) for m in found])
+            found = [container.read_expert(layer, e, container.width(layer, e, bits))[part] for e in range(container.experts)]
+            weights[name] = torch.stack([matrix(m, m.bits, w.shape[1], w.shape[2], turn(part)) for m in found])
         elif name in container.nested:
-            weights[name] = matrix(container.read_nested(name, dense), dense, w.shape[0], w.shape[1], turn(name))
+            whole = container.read_nested(name, dense)
+            weights[name] = matrix(whole, whole.bits, w.shape[0], w.shape[1], turn(name))
         else:
             weights[name] = torch.from_numpy(np.array(container.read_dense(name)))
     return weights
@@ -272,9 +307,8 @@ def container_weights(container: Container, like: Weights, bits: int, dense: int
 
 def container_bytes(container: Container, bits: float, dense: int) -> int:
     """Also of widths between two whole ones."""
-    record = container.record
-    one = record.base_bytes + (bits - 2) * record.plane_bytes
-    return round(len(container.moe_layers) * container.experts * one) + container.dense_bytes(DenseWidths(dense))
+    below, above = (container.experts_bytes(b) for b in (math.floor(bits), math.ceil(bits)))
+    return round(below + (above - below) * (bits % 1)) + container.dense_bytes(DenseWidths(dense))
 
 
 def engine_logits(path: Path, bits: float, dense: int) -> Logits:
@@ -301,6 +335,7 @@ def contestants(lab: Laboratory, peer_python: Path | None) -> list[tuple[int, It
     found = [
         ({"d2moe"}, 4 * n, lab.ours("d2moe", calibrated=True)),
         ({"d2moe, dial"}, len(DIALS), lab.dialled()),
+        (set(CUT), 4 * len(SIZES), lab.cut()),
         ({"d2moe, uncalibrated"}, n, lab.ours("d2moe, uncalibrated", calibrated=False)),
         ({"GPTQ, group 64"}, 2 * n, lab.simple("GPTQ, group 64", lab.separate(peers.gptq, 64), both)),
         ({"GPTQ, group 128"}, 2 * n, lab.simple("GPTQ, group 128", lab.separate(peers.gptq, 128), both)),

@@ -9,6 +9,7 @@ from typing import Any
 
 Row = dict[str, Any]
 OURS, DIALLED, NESTED = "d2moe", "d2moe, dial", ("MWQ, group 128", "MatGPTQ-like, group 64", "Any-Precision", "d2moe, uncalibrated")
+CUT = ("d2moe, cut", "d2moe, made for its size")
 GOALS = {2: 3.5, 3: 0.8, 4: 0.25, 8: 0.05}
 """Per cent of perplexity above float32 that the project wants at most, all weights included."""
 NEAR = 0.02
@@ -74,7 +75,8 @@ def _model(rows: Sequence[Row]) -> str:
     missing = [f for f in (*FAMILIES, *NESTED) if f not in families(rows)]
     if missing:
         parts.append(f"**Not measured in this run**: {'; '.join(missing)}.")
-    parts += [verdict(rows, texts), dialled(rows, texts), widths(rows, texts), goals(rows, texts), ROWS, table(rows, texts)]
+    sections = (verdict, cut, dialled, widths, goals)
+    parts += [*(section(rows, texts) for section in sections), ROWS, table(rows, texts)]
     return "\n".join(parts)
 
 
@@ -96,7 +98,7 @@ def curve_at(points: Sequence[tuple[int, float]], n_bytes: int) -> float | None:
 
 def families(rows: Sequence[Row]) -> list[str]:
     return list(
-        dict.fromkeys(r["family"] for r in rows if r["family"] not in ("float32", OURS) and r["run"] == "weights")
+        dict.fromkeys(r["family"] for r in rows if r["family"] not in ("float32", OURS, *CUT) and r["run"] == "weights")
     )
 
 
@@ -158,6 +160,49 @@ def verdict(rows: Sequence[Row], texts: Sequence[str]) -> str:
     }
     groups["Worse than a nested one"] = beaten
     out += [f"- {label}: {_by_name(found)}." for label, found in groups.items()]
+    return "\n".join(out)
+
+
+def cut(rows: Sequence[Row], texts: Sequence[str]) -> str:
+    """Ours cut to a size, and rounded for it, beside the best separate quantiser of that size."""
+    ours: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row["family"] in CUT and row["run"] == "weights":
+            ours.setdefault(row["code"], {})[row["family"]] = row
+    if not ours:
+        return ""
+    known = [f for f in families(rows) if f not in NESTED]
+    out = [
+        "\n## Cut to a size",
+        "",
+        "What a model takes on disk, and in memory where all of it is there. *Cut*: `d2moe trim`, the same records cut shorter, so that",
+        "each expert keeps the bits that are worth most; the average is named. *Made for its size*: `d2moe convert --widths-of` rounds",
+        "again, each expert for the bits it was left, whose lower widths are worse in turn. A separate quantiser could give each expert a",
+        "width of its own, too; none of these does. KL, and in brackets ours over the best separate quantiser at the same bytes.",
+        "",
+        "| average | MB | " + " | ".join(f"{t}: cut | made for its size | best separate" for t in texts) + " |",
+        "|" + "---|" * (2 + 3 * len(texts)),
+    ]
+    won: dict[str, list[tuple[str, str]]] = {family: [] for family in CUT}
+    for code, pair in ours.items():
+        n_bytes = pair[CUT[0]]["n_bytes"]
+        cells = [code, f"{n_bytes / 1e6:.2f}"]
+        for text in texts:
+            values = {f: v for f in known if (v := rival(rows, f, text, n_bytes)) is not None}
+            best = min(values, key=lambda f: values[f], default=None)
+            for family in CUT:
+                if family not in pair:
+                    cells.append("–")
+                    continue
+                mine = kl(pair[family], text)
+                ratio = mine / values[best] if best is not None else math.nan
+                cells.append(f"{1000 * mine:.3f}" + (f" ({ratio:.2f})" if best is not None else ""))
+                if best is None or ratio < 1 - NEAR:
+                    won[family].append((text, code.split()[0]))
+            cells.append("–" if best is None else f"{1000 * values[best]:.3f} ({best})")
+        out.append("| " + " | ".join(cells) + " |")
+    better = "Better than every separate quantiser of its size"
+    out += ["", *(f"- {better}, {family.removeprefix('d2moe, ')}: {_by_name(where)}." for family, where in won.items())]
     return "\n".join(out)
 
 

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from d2moe import cli
 from d2moe.container import Container
 from d2moe.container.inspect import measured_losses
+from d2moe.container.trim import Cut, Trimmer
+from d2moe.container.verify import verify
 from d2moe.convert.activations import Activations, Routed, squares
 from d2moe.convert.balance import Balanced
 from d2moe.convert.calibrated import inner_factors
@@ -198,6 +200,48 @@ def test_losses_are_kept(tmp_path: Path, text: Path, capsys: pytest.CaptureFixtu
     convert(src, tmp_path / "range")
     assert cli.main(["inspect", str(tmp_path / "range"), "--losses"]) == 1
     assert "converted without calibration text" in capsys.readouterr().err
+
+
+def cut(full: Path, dst: Path, kept: list[int], dense_bits: int) -> Container:
+    """A copy whose experts have `kept` bits in turn."""
+    trimmer = Trimmer(full, uniform=True, dense_bits=dense_bits)
+    widths = np.resize(kept, trimmer.container.kept.shape)
+    return Container.open(trimmer.write(Cut(widths, trimmer.to_bits(8).dense), dst))
+
+
+def test_rounding_for_the_bits_that_are_kept_loses_less_there(tmp_path: Path, text: Path) -> None:
+    tiny_checkpoint("olmoe", tmp_path / "hf")
+    calibration = Calibration((text,), 2000)
+    full = convert(tmp_path / "hf", tmp_path / "full", calibration=calibration, threads=1)
+    small = cut(full, tmp_path / "small", [3, 4, 2, 7, 8], 5)
+    made = Container.open(convert(tmp_path / "hf", tmp_path / "made", calibration=calibration, widths_of=small.path, threads=1))
+    assert verify(made).problems == ()
+    assert np.array_equal(made.kept, small.kept)
+    assert {n: layout.bits for n, layout in made.nested.items()} == {n: layout.bits for n, layout in small.nested.items()}
+    widths = [int(bits) for bits in made.manifest.quantizer["targets"]["experts"]]
+    for layer, kept in zip(made.moe_layers, made.kept, strict=True):
+        before, after = (c.read_dense(f"optional.losses.{layer}").astype(np.float64).sum(1) for c in (small, made))
+        for expert, bits in enumerate(kept.tolist()):
+            at = widths.index(min(b for b in widths if b >= bits))
+            if bits in widths:
+                assert after[expert, at] < before[expert, at], (layer, expert, bits)
+            assert (after[expert, at:] == after[expert, at]).all()  # there is nothing beyond
+    whole = Container.open(convert(tmp_path / "hf", tmp_path / "whole", calibration=calibration, widths_of=full, threads=1))
+    lost = [sum(float(c.read_dense(f"optional.losses.{la}")[..., -1].sum()) for la in c.moe_layers) for c in (Container.open(full), whole)]
+    assert (whole.kept == 8).all() and lost[1] < lost[0]
+
+
+def test_widths_of_something_else_are_refused(tmp_path: Path, text: Path) -> None:
+    for family in ("olmoe", "mixtral"):
+        tiny_checkpoint(family, tmp_path / family)
+    other = convert(tmp_path / "mixtral", tmp_path / "other", threads=1)
+    calibration = Calibration((text,), 500)
+    with pytest.raises(ConfigError, match="give a model that was converted from it and trimmed"):
+        convert(tmp_path / "olmoe", tmp_path / "x", calibration=calibration, widths_of=other)
+    with pytest.raises(ConfigError, match="give calibration text, or trim the model"):
+        convert(tmp_path / "olmoe", tmp_path / "x", widths_of=other)
+    assert cli.main(["convert", str(tmp_path / "olmoe"), str(tmp_path / "x"), "--widths-of", str(other)]) == 2
+    assert not (tmp_path / "x").exists() and not (tmp_path / "x.partial").exists()
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,13 @@ REPORT_TOKENS = click.option(
     help="Tokens to take of the calibration text, spread over it, or to have the model write.",
 )
 @click.option(
+    "--widths-of",
+    type=click.Path(exists=True, file_okay=False),
+    metavar="MODEL",
+    help="Keep the bits that each expert has in MODEL, which was converted from SRC and trimmed, and round for these: better than MODEL at "
+    "its size, worse at the widths below. Needs calibration text.",
+)
+@click.option(
     "--report",
     type=click.Path(dir_okay=False),
     metavar="FILE",
@@ -107,6 +114,7 @@ def convert(
     calibration: tuple[str, ...],
     self_calibration: bool,
     calibration_tokens: int,
+    widths_of: str | None,
     report: str | None,
     report_text: str | None,
     report_tokens: int,
@@ -133,6 +141,7 @@ def convert(
       d2moe convert ~/models/OLMoE-1B-7B-0924 olmoe.d2moe --calibration wiki.txt --calibration code.txt
       d2moe convert ~/models/OLMoE-1B-7B-0924 olmoe.d2moe --calibration wiki.txt --report olmoe.html
       d2moe convert ~/models/OLMoE-1B-7B-0924 olmoe.d2moe --self-calibration
+      d2moe convert ~/models/OLMoE-1B-7B-0924 best.d2moe --calibration wiki.txt --widths-of small.d2moe
       d2moe convert Qwen3-30B-A3B qwen3.d2moe --group 64 --threads 8
       d2moe convert Qwen3-30B-A3B-Q8_0.gguf qwen3.d2moe
       d2moe convert Llama-3.2-1B llama.d2moe           a dense model: its feed-forward blocks are the experts
@@ -146,6 +155,8 @@ def convert(
     tokens, length = (calibration_tokens // 2, samples.WINDOW) if calibration and self_calibration else (calibration_tokens, WINDOW)
     given = Calibration(tuple(map(Path, calibration)), tokens, length) if calibration else None
     text = samples.OwnSamples(tokens, given) if self_calibration else given
+    if widths_of is not None and text is None:
+        raise click.UsageError("--widths-of needs text to round by: give --calibration or --self-calibration")
 
     with Bar("converting") as bar:
         made = run(
@@ -155,6 +166,7 @@ def convert(
             balance=balance,
             rotate=rotate,
             calibration=text,
+            widths_of=widths_of,
             threads=threads,
             progress=_Conversion(bar),
             ignore_config_keys=ignore_config_keys,
