@@ -17,7 +17,7 @@ from d2moe.types import BASE_BITS, MAX_BITS
 @click.option(
     "--dense-bits",
     type=click.IntRange(BASE_BITS, MAX_BITS),
-    help="Width of all other weights [default: about two bits more than an expert has, from 5 to 8, by kind].",
+    help="Width of all other weights [default: two to three bits more than an expert has, from 5 to 8, by kind].",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would stay, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")

@@ -30,6 +30,9 @@ I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
 
+SPARED = 0.5
+"""Experts that keep what is worth most lose as little as if they had about so many bits more: by that the widths of dense matrices go, at
+which as many bytes lose least (docs/log.md)."""
 MANIFEST_BYTES = 8
 """By which a manifest grows for each expert, at most: its bits in `kept`, with the indentation."""
 
@@ -68,7 +71,7 @@ class Trimmer:
 
     def __init__(self, path: str | Path, *, uniform: bool = False, dense_bits: int | None = None):
         """All experts alike if `uniform`; else by the worth that its width router knows. `dense_bits`: of all dense matrices; by
-        default what the engine takes beside experts of the average width."""
+        default what the engine takes beside experts of the average width, or half a bit more."""
         self.container = Container.open(path)
         self._dense = None if dense_bits is None else DenseWidths(check_width(dense_bits, "dense_bits"))
         self.router = read_router(self.container)
@@ -110,7 +113,8 @@ class Trimmer:
         return self._cut(allot(self.router.worth, self.container.kept, planes))
 
     def _cut(self, kept: I64) -> Cut:
-        wanted = self._dense or DenseWidths.beside(float(kept.mean()), own_embedding=self.container.has("head"))
+        spared = 0.0 if self._uniform else SPARED
+        wanted = self._dense or DenseWidths.beside(float(kept.mean()) + spared, own_embedding=self.container.has("head"))
         return Cut(kept, self.container.stored_widths(wanted))
 
     def _tensors(self, cut: Cut) -> dict[str, tuple[str, tuple[int, ...]]]:
