@@ -213,12 +213,15 @@ def table_of(title: str, heads: tuple[str, ...], rows: list[list[str]]) -> None:
     console.print(table)
 
 
+FOLDER = click.option("--folder", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True, help="For models.")
+LAYERS = click.option("--layers", type=click.IntRange(1), default=16, show_default=True, help="Fewer, for trying out.")
+OUT = click.option("--out", type=click.Path(path_type=Path), help="Append the JSON lines to this file.")
 SHARED = (
-    click.option("--folder", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True, help="For models."),
-    click.option("--layers", type=click.IntRange(1), default=16, show_default=True, help="Fewer, for trying out."),
+    FOLDER,
+    LAYERS,
     click.option("--rounds", type=click.IntRange(1), default=2, show_default=True),
     click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Measured at most in a run."),
-    click.option("--out", type=click.Path(path_type=Path), help="Append the JSON lines to this file."),
+    OUT,
     click.option("--routing", "routings", multiple=True, type=click.Choice(list(AGAIN)), default=list(AGAIN), show_default=True),
 )
 

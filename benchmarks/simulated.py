@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from limited import FOLDER, LAYERS, OUT, Disk, Pace, a_model, cell, table_of, watched, write
+from limited import FOLDER, LAYERS, OUT, Pace, a_model, cell, table_of, watched, write
+from own_limited import Disk
 from stream import text
 
 from d2moe.container import Container
