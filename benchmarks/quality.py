@@ -49,7 +49,7 @@ from d2moe.errors import D2MoeError
 from d2moe.runtime.config import EngineConfig
 from d2moe.runtime.engine import Engine
 from d2moe.runtime.request import Chunk
-from d2moe.types import DenseWidths
+from d2moe.types import SPARED_BY_TOKEN, DenseWidths
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "quality.md"
@@ -89,8 +89,8 @@ def tell(text: str) -> None:
     click.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True)
 
 
-def dense_width(bits: float, rule: str) -> int:
-    return DenseWidths.beside(bits, own_embedding=False).bits if rule == "wider" else int(bits)
+def dense_width(bits: float, rule: str, spared: float = 0.0) -> int:
+    return DenseWidths.beside(bits, own_embedding=False, spared=spared).bits if rule == "wider" else int(bits)
 
 
 class Laboratory:
@@ -201,7 +201,7 @@ class Laboratory:
             if ("d2moe, dial", f"{dial:g} bits", "wider", "engine") in self.done:
                 continue
             path = self.routed()
-            dense = dense_width(dial, "wider")
+            dense = dense_width(dial, "wider", SPARED_BY_TOKEN)
             n_bytes = container_bytes(Container.open(path), dial, dense)
             yield Contestant("d2moe, dial", f"{dial:g} bits", "wider", n_bytes, "engine"), engine_logits(path, dial, dense)
 

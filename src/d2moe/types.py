@@ -79,6 +79,9 @@ class ModelShape:
 
 LEAST_DENSE_BITS = 5
 NARROWER = ("q", "k", "o")
+SPARED_BY_EXPERT, SPARED_BY_TOKEN = 0.5, 1.0
+"""Bits that go where they are worth most, to some experts or some choices of a token, lose as little as so many more that are
+spread evenly: the width of dense weights at which as many bytes lose least is higher by that (docs/log.md)."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,12 @@ class DenseWidths:
     others: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def beside(cls, expert_bits: float, own_embedding: bool) -> DenseWidths:
-        """The default beside experts of so many bits on average. Every token reads these weights, they are few, and a bit less costs
-        them far more quality than it costs the experts: they have two bits more. Errors in q, k and o count least, in head and
+    def beside(cls, expert_bits: float, own_embedding: bool, spared: float = 0.0) -> DenseWidths:
+        """The default beside experts of so many bits on average, that lose as if they had `spared` more. Every token reads these
+        weights, they are few, and a bit less costs them far more quality than it costs the experts: they have two bits more. Errors in q, k and o count least, in head and
         embedding most, and of an embedding that is not the head (`own_embedding`) a token reads one row: all its bits pay for one
         less in q, k and o. Figures are in docs/log.md."""
-        bits = min(MAX_BITS, max(LEAST_DENSE_BITS, int(expert_bits + 2.5)))
+        bits = min(MAX_BITS, max(LEAST_DENSE_BITS, int(expert_bits + spared + 2.5)))
         if bits == MAX_BITS or not own_embedding:
             return cls(bits)
         return cls(bits, dict.fromkeys(NARROWER, bits - 1) | {"embed": MAX_BITS})

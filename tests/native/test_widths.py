@@ -189,3 +189,11 @@ def test_route_show_reports_every_choice(routed, capsys):
 def test_the_dial_on_the_command_line(arguments, shown, capsys):
     assert cli.main(["run", "builtin", "Once", "--max-tokens", "3", *arguments]) == 0
     assert shown in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("bits", "uniform", "dense"), [(3, False, 6), (2.5, False, 6), (3, True, 5), (8, False, 8), (4, False, 7), (4, True, 6)]
+)
+def test_dense_weights_are_wider_where_the_width_router_spends_the_bits(bits, uniform, dense):
+    with Engine.load(d2moe.builtin_model(), EngineConfig(bits=bits, uniform=uniform, context=64)) as engine:
+        assert engine.dense_widths.bits == dense

@@ -142,5 +142,7 @@ def test_dense_weights_have_their_widths_by_kind():
         assert [config.dense_widths(own_embedding=True).of(n) for n in names] == own
         assert [config.dense_widths(own_embedding=False).of(n) for n in names] == [tied] * 7
         assert [EngineConfig(bits=bits, dense_bits=3).dense_widths(own_embedding=True).of(n) for n in names] == [3] * 7
+        routed = [config.dense_widths(own_embedding=False, routed=True).of(n) for n in names]
+        assert routed == [EngineConfig(bits=min(bits + 1, 8)).dense_widths(own_embedding=False).of(n) for n in names]
     assert str(EngineConfig(bits=3).dense_widths(True)) == "5 bits (q, k, o 4; embed 8)"
     assert str(EngineConfig(bits=3).dense_widths(False)) == "5 bits"

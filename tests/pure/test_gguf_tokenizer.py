@@ -136,8 +136,8 @@ def sentencepiece(n_merged: int = 200) -> Keys:
 
 
 def by_scores(metadata: Keys, text: str) -> list[int] | None:
-    """llama.cpp's way: join the neighbours whose piece has the best score, the leftmost first; the rest are bytes. None if a part could join
-    either neighbour to the same piece: merges, which have an order of their own, may then take the right one."""
+    """llama.cpp's way: join the neighbours whose piece has the best score, the leftmost first; the rest are bytes. None if a part could
+    join either neighbour to the same piece: merges, which have an order of their own, may then take the right one."""
     ids = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     scores, parts = metadata["tokenizer.ggml.scores"], list("▁" + text.replace(" ", "▁"))
     while True:

@@ -316,7 +316,7 @@ def inspect(
     header = ("bits", "per weight", "one expert", "all experts", "per token, none resident", "dense weights")
     print_table("widths", rows, header)
     defaults = [(f"experts at {w.bits} bits", str(w.dense_widths), show_bytes(w.default_dense_bytes)) for w in found.widths]
-    print_table("dense weights, unless --dense-bits says otherwise", defaults, ("", "widths", "size"))
+    print_table("dense weights beside one width for all; by a width router they get a bit more", defaults, ("", "widths", "size"))
     print_table("files", [(f.name, show_bytes(f.n_bytes)) for f in found.files], ("file", "size"))
     if tensors:
         listed = [(t.name, t.dtype, " x ".join(map(str, t.shape)), show_bytes(t.n_bytes)) for t in found.dense]

@@ -39,7 +39,8 @@ ENGINE_OPTIONS = [
     click.option(
         "--dense-bits",
         type=click.IntRange(BASE_BITS, MAX_BITS),
-        help="Width of all other weights, which stay in memory [default: about --bits + 2, from 5 to 8, by kind].",
+        help="Width of all other weights, which stay in memory [default: about --bits + 2, or + 3 where a width router "
+        "spends them, from 5 to 8, by kind].",
     ),
     click.option(
         "--kv",

@@ -24,15 +24,12 @@ from d2moe.container.reader import ADVICE, Container, checksums_of
 from d2moe.container.safetensors_header import build_header
 from d2moe.container.writer import ContainerWriter
 from d2moe.errors import ConfigError, ContainerError
-from d2moe.types import BASE_BITS, MAX_BITS, DenseWidths, check_width
+from d2moe.types import BASE_BITS, MAX_BITS, SPARED_BY_EXPERT, DenseWidths, check_width
 
 I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
 
-SPARED = 0.5
-"""Experts that keep what is worth most lose as little as if they had about so many bits more: by that the widths of dense matrices go, at
-which as many bytes lose least (docs/log.md)."""
 MANIFEST_BYTES = 8
 """By which a manifest grows for each expert, at most: its bits in `kept`, with the indentation."""
 
@@ -113,8 +110,8 @@ class Trimmer:
         return self._cut(allot(self.router.worth, self.container.kept, planes))
 
     def _cut(self, kept: I64) -> Cut:
-        spared = 0.0 if self._uniform else SPARED
-        wanted = self._dense or DenseWidths.beside(float(kept.mean()) + spared, own_embedding=self.container.has("head"))
+        spared = 0.0 if self._uniform else SPARED_BY_EXPERT
+        wanted = self._dense or DenseWidths.beside(float(kept.mean()), self.container.has("head"), spared)
         return Cut(kept, self.container.stored_widths(wanted))
 
     def _tensors(self, cut: Cut) -> dict[str, tuple[str, tuple[int, ...]]]:

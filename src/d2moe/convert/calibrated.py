@@ -29,8 +29,8 @@ TARGETS = {
 }
 """The widths that count. Dense weights are read at two more bits than the experts, at 5 or more; 4 is for who asks for it."""
 BELOW, ABOVE = 0.1, 1e-3
-"""Where a matrix is rounded for the bits that are kept: what a width below these counts beside them, and what eight bits do, which nobody
-will read."""
+"""Where a matrix is rounded for the bits that are kept: what a width counts that is a bit less, and again for each bit less; and what
+eight bits do, which nobody will read."""
 TIED = 0.1
 """What an embedding's own rows count beside the head's outputs where both are one matrix."""
 
@@ -44,7 +44,7 @@ def targets(kind: str, kept: int | None = None) -> tuple[Target, ...]:
     """The widths that count for a matrix of which all bits are kept, or only `kept`: those of it count most then."""
     if kept is None:
         return TARGETS[kind]
-    lower = tuple(Target(t.bits, BELOW) for t in TARGETS[kind] if t.bits < kept)
+    lower = tuple(Target(t.bits, BELOW ** (kept - t.bits)) for t in TARGETS[kind] if t.bits < kept)
     above = (Target(MAX_BITS, ABOVE),) if kept < MAX_BITS else ()
     return (*lower, Target(kept, 1.0), *above)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from d2moe.errors import ConfigError
 from d2moe.policy import POLICIES
-from d2moe.types import DenseWidths, check_dial, check_width, quality_bits
+from d2moe.types import SPARED_BY_TOKEN, DenseWidths, check_dial, check_width, quality_bits
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -85,9 +85,12 @@ class EngineConfig:
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
 
-    def dense_widths(self, own_embedding: bool) -> DenseWidths:
-        """Of a model whose embedding is not its head, or of one where they are the same matrix."""
-        return DenseWidths.beside(self.bits, own_embedding) if self.dense_bits is None else DenseWidths(self.dense_bits)
+    def dense_widths(self, own_embedding: bool, routed: bool = False) -> DenseWidths:
+        """Of a model whose embedding is not its head, or of one where they are the same matrix; `routed` if a width router spends
+        the bits."""
+        if self.dense_bits is not None:
+            return DenseWidths(self.dense_bits)
+        return DenseWidths.beside(self.bits, own_embedding, SPARED_BY_TOKEN if routed else 0.0)
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:

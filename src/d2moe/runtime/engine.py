@@ -43,15 +43,15 @@ class Engine:
         self.context = config.context or min(shape.context, DEFAULT_CONTEXT)
         if self.context > shape.context:
             raise ConfigError(f"{where}: a context of {self.context} tokens is more than the {shape.context} the model was made for")
-        self.dense_widths = container.stored_widths(config.dense_widths(own_embedding=not shape.tied_embeddings))
         threads = config.threads or memory.usable_cpus()
         record, layers = container.record, container.moe_layers
         self.router = read_router(container)  # before the budget is split, which counts what the process holds by then
         self._dials: dict[tuple[float, bool], tuple[int, int, float]] = {}
         try:
-            self.dial(config.bits, config.uniform)
+            least, most, _ = self.dial(config.bits, config.uniform)
         except RequestError as error:
             raise ConfigError(str(error)) from None
+        self.dense_widths = container.stored_widths(config.dense_widths(not shape.tied_embeddings, routed=least < most))
         self.budget = memory.split(
             config,
             shape,

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from d2moe.container import Container, MatrixLayout, RecordLayout
+from d2moe.container import Container, MatrixLayout, RecordLayout, read_router
 from d2moe.errors import ConfigError, ContainerError
 from d2moe.models import family, shape_from_config
 from d2moe.policy.trace import Meta
 from d2moe.runtime.config import EngineConfig
 from d2moe.simulate.device import Device, guess, parse_rates
-from d2moe.types import GROUP, MAX_BITS, WIDTHS, DenseWidths, ModelShape
+from d2moe.types import BASE_BITS, GROUP, MAX_BITS, WIDTHS, DenseWidths, ModelShape
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class ModelFacts:
     """Those a step reads: not the embedding, of which a token is one row."""
     kept: npt.NDArray[np.int64] | None = None
     """Bits that each expert has [layers with experts, experts]; None: all eight."""
+    routed: bool = False
+    """Whether it has a width router."""
 
     def meta(self) -> Meta:
         """What a trace of this model says of itself."""
@@ -50,7 +52,8 @@ class ModelFacts:
         return self.record.prefix_bytes(MAX_BITS if self.kept is None else int(self.kept.max()))
 
     def dense_widths(self, config: EngineConfig) -> DenseWidths:
-        return config.dense_widths(own_embedding=not self.shape.tied_embeddings)
+        plain = config.uniform or config.bits in (BASE_BITS, MAX_BITS)
+        return config.dense_widths(not self.shape.tied_embeddings, routed=self.routed and not plain)
 
     def device(self, text: str, dense: DenseWidths) -> Device:
         """A device by its two bandwidths, "io=1.2GB,memory=30GB", or from a profile's file; ConfigError else."""
@@ -72,11 +75,12 @@ class ModelFacts:
 
 def model_facts(path: Path, group: int = GROUP) -> ModelFacts:
     """Facts of a converted model's folder, or of a config.json (or a folder with one), for which `group` is assumed."""
-    kept, stored = None, {}
+    kept, stored, routed = None, {}, False
     if (path / "d2moe.json").is_file() or (path / "experts").is_dir():
         container = Container.open(path)
         shape = shape_from_config(container.config, f"{path}/config.json", container.manifest.source.get("ignored_config_keys", []))
         record, kept, stored = container.record, container.kept, container.nested
+        routed = read_router(container) is not None
     else:
         file = path / "config.json" if path.is_dir() else path
         if not file.is_file():
@@ -104,4 +108,4 @@ def model_facts(path: Path, group: int = GROUP) -> ModelFacts:
 
     untied = "" if shape.tied_embeddings else "embed"
     name = path.parent.name or path.name if path.name == "config.json" else path.name
-    return ModelFacts(name, shape, record, size, lambda widths: size(widths, untied), kept)
+    return ModelFacts(name, shape, record, size, lambda widths: size(widths, untied), kept, routed)
