@@ -95,9 +95,9 @@ class DenseWidths:
     @classmethod
     def beside(cls, expert_bits: float, own_embedding: bool, spared: float = 0.0) -> DenseWidths:
         """The default beside experts of so many bits on average, that lose as if they had `spared` more. Every token reads these
-        weights, they are few, and a bit less costs them far more quality than it costs the experts: they have two bits more. Errors in q, k and o count least, in head and
-        embedding most, and of an embedding that is not the head (`own_embedding`) a token reads one row: all its bits pay for one
-        less in q, k and o. Figures are in docs/log.md."""
+        weights, they are few, and a bit less costs them far more quality than it costs the experts: they have two bits more. Errors
+        in q, k and o count least, in head and embedding most, and of an embedding that is not the head (`own_embedding`) a token
+        reads one row: all its bits pay for one less in q, k and o. Figures are in docs/log.md."""
         bits = min(MAX_BITS, max(LEAST_DENSE_BITS, int(expert_bits + spared + 2.5)))
         if bits == MAX_BITS or not own_embedding:
             return cls(bits)
