@@ -28,6 +28,7 @@ constexpr auto kSpin = std::chrono::microseconds(60); // a decode step's serial 
 Pool::Pool(int threads) {
   if (threads < 1) throw std::invalid_argument("a pool needs at least one thread");
   workers_.reserve(size_t(threads - 1));
+  stretches_ = std::vector<Stretch>(size_t(threads));
   try {
     for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
   } catch (const std::system_error&) { // a limit on processes: go on with those that run, see size()
@@ -44,13 +45,40 @@ Pool::~Pool() {
   for (auto& w : workers_) w.join();
 }
 
+// The next piece of a thread's own stretch. Pieces shrink with what is left, so that nobody waits long for the last one.
+bool Pool::Stretch::take_front(int64_t& begin, int64_t& end) {
+  for (uint64_t seen = left.load(std::memory_order_relaxed);;) {
+    const int64_t last = int64_t(seen >> 32);
+    begin = int64_t(seen & 0xFFFFFFFF);
+    if (begin == last) return false;
+    end = begin + (last - begin + 2) / 3;
+    if (left.compare_exchange_weak(seen, uint64_t(last) << 32 | uint64_t(end), std::memory_order_relaxed)) return true;
+  }
+}
+
+// The second half of another's.
+bool Pool::Stretch::take_back(int64_t& begin, int64_t& end) {
+  for (uint64_t seen = left.load(std::memory_order_relaxed);;) {
+    const int64_t first = int64_t(seen & 0xFFFFFFFF);
+    end = int64_t(seen >> 32);
+    if (first == end) return false;
+    begin = first + (end - first) / 2;
+    if (left.compare_exchange_weak(seen, uint64_t(begin) << 32 | uint64_t(first), std::memory_order_relaxed)) return true;
+  }
+}
+
 void Pool::take(int thread) {
-  // Pieces shrink with what is left: few in all, and nobody waits long for the last one.
-  for (int64_t begin = next_.load(std::memory_order_relaxed); begin < n_;) {
-    const int64_t grains = std::max((n_ - begin) / (size() * 3 * grain_), int64_t(1)), end = std::min(n_, begin + grains * grain_);
-    if (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue; // begin is what another thread left
-    body_(context_, begin, end, thread);
-    begin = next_.load(std::memory_order_relaxed);
+  Stretch& mine = stretches_[size_t(thread)];
+  for (int other = 0; other < size();) {
+    int64_t begin, end;
+    if (mine.take_front(begin, end)) {
+      body_(context_, begin * grain_, std::min(end * grain_, n_), thread);
+    } else if (stretches_[size_t((thread + other) % size())].take_back(begin, end)) {
+      mine.set(begin, end);
+      other = 0;
+    } else {
+      ++other;
+    }
   }
 }
 
@@ -59,7 +87,8 @@ void Pool::run(int64_t n, int64_t grain, Body body, void* context) {
   context_ = context;
   n_ = n;
   grain_ = grain;
-  next_.store(0, std::memory_order_relaxed);
+  const int64_t grains = (n + grain - 1) / grain;
+  for (int t = 0; t < size(); ++t) stretches_[size_t(t)].set(grains * t / size(), grains * (t + 1) / size());
   busy_.store(int(workers_.size()), std::memory_order_relaxed);
   epoch_.fetch_add(1); // sequentially consistent with asleep_: either the worker sees the epoch or we see it asleep
   if (asleep_.load() > 0) {

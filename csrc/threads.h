@@ -10,7 +10,8 @@
 namespace d2moe {
 
 // Fork-join over ranges. The caller works too; workers spin for some microseconds between jobs, then sleep. Where the system lets fewer
-// threads start than were asked for, those do.
+// threads start than were asked for, those do. Each thread has a stretch of the range and goes through it in order, so that what is read
+// ahead of one piece is the next one's; who is done takes the second half of what another has left.
 class Pool {
 public:
   explicit Pool(int threads);
@@ -37,12 +38,19 @@ private:
   void run(int64_t n, int64_t grain, Body body, void* context);
   void work(int thread);
   void take(int thread);
+  // What a thread has left, in grains: begin in the lower half, end in the upper.
+  struct alignas(64) Stretch {
+    std::atomic<uint64_t> left{0};
+    bool take_front(int64_t& begin, int64_t& end);
+    bool take_back(int64_t& begin, int64_t& end);
+    void set(int64_t begin, int64_t end) { left.store(uint64_t(end) << 32 | uint64_t(begin), std::memory_order_relaxed); }
+  };
 
   std::vector<std::thread> workers_;
+  std::vector<Stretch> stretches_; // of each thread
   Body body_ = nullptr;
   void* context_ = nullptr;
   int64_t n_ = 0, grain_ = 1;
-  std::atomic<int64_t> next_{0};
   std::atomic<uint64_t> epoch_{0};
   std::atomic<int> busy_{0}, asleep_{0};
   std::atomic<bool> stop_{false};
