@@ -28,8 +28,12 @@ void inner_row(Runtime& rt, float* gate, const float* up, int64_t n, int group, 
   quantize_row(rt, gate, n, group, out, i);
 }
 
+float rms_scale(const KernelTable& k, const float* x, float eps, int64_t n) {
+  return 1.0f / std::sqrt(k.sum_squares(x, n) / float(n) + eps);
+}
+
 void rms_norm(const KernelTable& k, const float* x, const float* weight, float eps, int64_t n, float* y) {
-  const float scale = 1.0f / std::sqrt(k.sum_squares(x, n) / float(n) + eps);
+  const float scale = rms_scale(k, x, eps, n);
   for (int64_t i = 0; i < n; ++i) y[i] = weight[i] * (x[i] * scale);
 }
 
@@ -39,27 +43,32 @@ void add_rows(Runtime& rt, const float* y, int64_t tokens, int64_t n, float* x) 
   });
 }
 
-void multiply(Runtime& rt, const std::vector<Product>& products) {
-  int64_t total = 0;
+void tally(Runtime& rt, const std::vector<Product>& products) {
+  if (!rt.counting) return;
   for (const Product& p : products) {
-    total += p.matrix->shape.tiles();
-    if (!rt.counting) continue;
     auto& [count, tokens] = rt.tally[{p.matrix->shape.rows, p.matrix->shape.cols, p.bits, rt.table->variant(p.bits, p.x.m)}];
     ++count;
     tokens += p.x.m;
   }
+}
+
+void multiply_tiles(const KernelTable& k, const Product& p, int64_t begin, int64_t end) {
+  k.matmul(*p.matrix, p.bits, p.x, begin, end, p.y, p.ldy);
+  if (p.bias)
+    for (int64_t i = 0; i < p.x.m; ++i)
+      for (int64_t r = begin * kTileRows; r < std::min(end * kTileRows, p.matrix->shape.rows); ++r) p.y[i * p.ldy + r] += p.bias[r];
+}
+
+void multiply(Runtime& rt, const std::vector<Product>& products) {
+  tally(rt, products);
+  int64_t total = 0;
+  for (const Product& p : products) total += p.matrix->shape.tiles();
   rt.pool.parallel_for(total, 4, [&](int64_t begin, int64_t end, int) {
     int64_t first = 0;
     for (const Product& p : products) {
       const int64_t tiles = p.matrix->shape.tiles();
       const int64_t a = std::max(begin - first, int64_t(0)), b = std::min(end - first, tiles);
-      if (a < b) {
-        rt.table->matmul(*p.matrix, p.bits, p.x, a, b, p.y, p.ldy);
-        if (p.bias)
-          for (int64_t i = 0; i < p.x.m; ++i)
-            for (int64_t r = a * kTileRows; r < std::min(b * kTileRows, p.matrix->shape.rows); ++r)
-              p.y[i * p.ldy + r] += p.bias[r];
-      }
+      if (a < b) multiply_tiles(*rt.table, p, a, b);
       first += tiles;
       if (first >= end) break;
     }

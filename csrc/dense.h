@@ -46,6 +46,7 @@ void quantize_row(Runtime& rt, const float* x, int64_t cols, int group, QuantRow
 // What gate and up make for down, as down's row i: silu(gate) * up, rotated in spans of `rotation` (0: not at all; see rotate.h).
 // Overwrites gate[n].
 void inner_row(Runtime& rt, float* gate, const float* up, int64_t n, int group, int rotation, QuantRows& out, int64_t i);
+float rms_scale(const KernelTable& k, const float* x, float eps, int64_t n);
 void rms_norm(const KernelTable& k, const float* x, const float* weight, float eps, int64_t n, float* y);
 // x [tokens, n] += y, in parallel.
 void add_rows(Runtime& rt, const float* y, int64_t tokens, int64_t n, float* x);
@@ -64,6 +65,9 @@ inline Product product(const Linear& l, const Activations& x, float* y) {
 }
 // All products in one parallel region, cut by tiles.
 void multiply(Runtime& rt, const std::vector<Product>& products);
+// For those who cut themselves: notes what ways the products take, and multiplies tiles [begin, end) of one.
+void tally(Runtime& rt, const std::vector<Product>& products);
+void multiply_tiles(const KernelTable& k, const Product& p, int64_t begin, int64_t end);
 
 struct RouterWeights {
   const float *norm, *weight; // [hidden], [experts, hidden]

@@ -1,6 +1,7 @@
 #include "executor.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstring>
 
@@ -296,10 +297,11 @@ void Executor::compute_batch(Group* const* groups, size_t n_groups) {
   std::vector<Matrix> matrices;
   matrices.reserve(n_groups * 3);
   std::vector<Product> first, second;
-  std::vector<int64_t> token; // of each row of the batch
+  std::vector<int64_t> token, row_of; // of each row of the batch, of each group's first
   for (size_t i = 0; i < n_groups; ++i) {
     Group& g = *groups[i];
     const int64_t row = int64_t(token.size());
+    row_of.push_back(row);
     for (int p = 0; p < 3; ++p) matrices.push_back(matrix(at(layer_, g.expert), p));
     const Matrix* m = &matrices[matrices.size() - 3];
     for (int64_t k = 0; k < g.count; ++k) token.push_back(pair_at_[size_t(g.first + k)] / top_k_);
@@ -318,12 +320,33 @@ void Executor::compute_batch(Group* const* groups, size_t n_groups) {
         std::memcpy(in.sum + row * in.groups, in_.sum + t * in.groups, size_t(in.groups) * 4);
       }
     });
-  multiply(rt_, first);
-  rt_.pool.parallel_for(total, 2, [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i)
-      inner_row(rt_, gate + i * shape_.inner, up + i * shape_.inner, shape_.inner, shape_.group, shape_.rotation, middle, i);
+  tally(rt_, first);
+  tally(rt_, second);
+  // No thread waits for all of gate and up: who does the last tile of an expert's makes its input of down.
+  const int64_t wide = 2 * projection_shape(shape_, 0).tiles(), narrow = projection_shape(shape_, 2).tiles();
+  std::vector<std::atomic<int64_t>> left(n_groups); // tiles of gate and up; -1 when down has its input
+  for (auto& n : left) n.store(wide, std::memory_order_relaxed);
+  rt_.pool.parallel_stages(int64_t(n_groups) * wide, int64_t(n_groups) * narrow, 4, [&](int stage, int64_t begin, int64_t end, int) {
+    const int64_t per_group = stage ? narrow : wide;
+    for (int64_t at = begin; at < end;) {
+      const int64_t g = at / per_group, upto = std::min(end, (g + 1) * per_group);
+      std::atomic<int64_t>& rest = left[size_t(g)];
+      if (stage) {
+        Pool::wait_until([&] { return rest.load(std::memory_order_acquire) < 0; });
+        multiply_tiles(*rt_.table, second[size_t(g)], at - g * narrow, upto - g * narrow);
+      } else {
+        const int64_t middle_at = g * wide + wide / 2; // where up follows gate
+        if (at < middle_at) multiply_tiles(*rt_.table, first[size_t(2 * g)], at - g * wide, std::min(upto, middle_at) - g * wide);
+        if (upto > middle_at) multiply_tiles(*rt_.table, first[size_t(2 * g + 1)], std::max(at, middle_at) - middle_at, upto - middle_at);
+        if (rest.fetch_sub(upto - at, std::memory_order_acq_rel) == upto - at) {
+          for (int64_t i = row_of[size_t(g)]; i < row_of[size_t(g)] + groups[g]->count; ++i)
+            inner_row(rt_, gate + i * shape_.inner, up + i * shape_.inner, shape_.inner, shape_.group, shape_.rotation, middle, i);
+          rest.store(-1, std::memory_order_release);
+        }
+      }
+      at = upto;
+    }
   });
-  multiply(rt_, second);
 }
 
 void Executor::finish(const float* gates, float* x) {

@@ -28,7 +28,7 @@ constexpr auto kSpin = std::chrono::microseconds(60); // a decode step's serial 
 Pool::Pool(int threads) {
   if (threads < 1) throw std::invalid_argument("a pool needs at least one thread");
   workers_.reserve(size_t(threads - 1));
-  stretches_ = std::vector<Stretch>(size_t(threads));
+  stretches_ = std::vector<Stretch>(size_t(2 * threads));
   try {
     for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
   } catch (const std::system_error&) { // a limit on processes: go on with those that run, see size()
@@ -68,27 +68,38 @@ bool Pool::Stretch::take_back(int64_t& begin, int64_t& end) {
 }
 
 void Pool::take(int thread) {
-  Stretch& mine = stretches_[size_t(thread)];
-  for (int other = 0; other < size();) {
-    int64_t begin, end;
-    if (mine.take_front(begin, end)) {
-      body_(context_, begin * grain_, std::min(end * grain_, n_), thread);
-    } else if (stretches_[size_t((thread + other) % size())].take_back(begin, end)) {
-      mine.set(begin, end);
-      other = 0;
-    } else {
-      ++other;
+  for (int stage = 0; stage < 2; ++stage) {
+    Stretch* stretches = &stretches_[size_t(stage * size())];
+    for (int other = 0; other < size();) {
+      int64_t begin, end;
+      if (stretches[thread].take_front(begin, end)) {
+        body_(context_, stage, begin * grain_, std::min(end * grain_, n_[stage]), thread);
+      } else if (stretches[(thread + other) % size()].take_back(begin, end)) {
+        stretches[thread].set(begin, end);
+        other = 0;
+      } else {
+        ++other;
+      }
     }
   }
 }
 
-void Pool::run(int64_t n, int64_t grain, Body body, void* context) {
+void Pool::pause(int spins) {
+  relax();
+  if (spins > kPolite) std::this_thread::yield(); // who is waited for may be waiting for this very CPU
+}
+
+void Pool::run(int64_t first, int64_t second, int64_t grain, Body body, void* context) {
   body_ = body;
   context_ = context;
-  n_ = n;
+  n_[0] = first;
+  n_[1] = second;
   grain_ = grain;
-  const int64_t grains = (n + grain - 1) / grain;
-  for (int t = 0; t < size(); ++t) stretches_[size_t(t)].set(grains * t / size(), grains * (t + 1) / size());
+  for (int stage = 0; stage < 2; ++stage)
+    for (int t = 0; t < size(); ++t) {
+      const int64_t grains = (n_[stage] + grain - 1) / grain;
+      stretches_[size_t(stage * size() + t)].set(grains * t / size(), grains * (t + 1) / size());
+    }
   busy_.store(int(workers_.size()), std::memory_order_relaxed);
   epoch_.fetch_add(1); // sequentially consistent with asleep_: either the worker sees the epoch or we see it asleep
   if (asleep_.load() > 0) {
@@ -96,10 +107,7 @@ void Pool::run(int64_t n, int64_t grain, Body body, void* context) {
     wake_.notify_all();
   }
   take(0);
-  for (int spins = 0; busy_.load(std::memory_order_acquire) > 0;) {
-    relax();
-    if (++spins > kPolite) std::this_thread::yield(); // the last worker may be waiting for this very CPU
-  }
+  wait_until([&] { return busy_.load(std::memory_order_acquire) == 0; });
 }
 
 void Pool::work(int thread) {

@@ -28,14 +28,27 @@ public:
       f(int64_t(0), n, 0);
       return;
     }
-    run(n, grain, [](void* context, int64_t begin, int64_t end, int thread) {
+    run(n, 0, grain, [](void* context, int, int64_t begin, int64_t end, int thread) {
       (*static_cast<std::remove_reference_t<F>*>(context))(begin, end, thread);
     }, &f);
   }
 
+  // f(stage, begin, end, thread) over pieces of [0, first) at stage 0 and of [0, second) at stage 1. All of stage 0 is dealt out before
+  // a thread begins with stage 1, but not done: f waits there (`wait_until`) for what it needs.
+  template <class F> void parallel_stages(int64_t first, int64_t second, int64_t grain, F&& f) {
+    run(first, second, grain, [](void* context, int stage, int64_t begin, int64_t end, int thread) {
+      (*static_cast<std::remove_reference_t<F>*>(context))(stage, begin, end, thread);
+    }, &f);
+  }
+  // Spins until done() is true, which another thread brings about that runs.
+  template <class F> static void wait_until(F&& done) {
+    for (int spins = 0; !done(); ++spins) pause(spins);
+  }
+
 private:
-  using Body = void (*)(void* context, int64_t begin, int64_t end, int thread);
-  void run(int64_t n, int64_t grain, Body body, void* context);
+  using Body = void (*)(void* context, int stage, int64_t begin, int64_t end, int thread);
+  static void pause(int spins);
+  void run(int64_t first, int64_t second, int64_t grain, Body body, void* context);
   void work(int thread);
   void take(int thread);
   // What a thread has left, in grains: begin in the lower half, end in the upper.
@@ -47,10 +60,10 @@ private:
   };
 
   std::vector<std::thread> workers_;
-  std::vector<Stretch> stretches_; // of each thread
+  std::vector<Stretch> stretches_; // [2 stages, threads]
   Body body_ = nullptr;
   void* context_ = nullptr;
-  int64_t n_ = 0, grain_ = 1;
+  int64_t n_[2] = {}, grain_ = 1;
   std::atomic<uint64_t> epoch_{0};
   std::atomic<int> busy_{0}, asleep_{0};
   std::atomic<bool> stop_{false};
