@@ -81,17 +81,15 @@ void rotate(float* head, const float* cosine, const float* sine, int64_t half) {
   }
 }
 
-void prepare_heads(const KernelTable& k, const AttentionShape& s, float* x, int64_t heads, const float* norm,
-                   const float* cosine, const float* sine) {
-  const int64_t n = heads * s.head_dim;
-  if (s.qk_norm == 2) rms_norm(k, x, norm, s.eps, n, x);
+// A head ready for attention: y[head_dim] = x with its norm and its rotation. `scale` is that of a norm over all heads of a token, whose
+// weights for this head are `norm`. y may be x.
+void prepare_head(const KernelTable& k, const AttentionShape& s, const float* x, const float* norm, float scale, const float* cosine,
+                  const float* sine, float* y) {
+  for (int64_t i = 0; i < s.head_dim; ++i) y[i] = s.qk_norm == 2 ? norm[i] * (x[i] * scale) : x[i];
   if (s.clip > 0)
-    for (int64_t i = 0; i < n; ++i) x[i] = std::min(std::max(x[i], -s.clip), s.clip);
-  for (int64_t h = 0; h < heads; ++h) {
-    float* head = x + h * s.head_dim;
-    if (s.qk_norm == 1) rms_norm(k, head, norm, s.eps, s.head_dim, head);
-    rotate(head, cosine, sine, s.head_dim / 2);
-  }
+    for (int64_t i = 0; i < s.head_dim; ++i) y[i] = std::min(std::max(y[i], -s.clip), s.clip);
+  if (s.qk_norm == 1) rms_norm(k, y, norm, s.eps, s.head_dim, y);
+  rotate(y, cosine, sine, s.head_dim / 2);
 }
 
 // Queries that share their keys: tokens [token, token + tokens) of one sequence and heads [head, head + heads) of one
@@ -178,7 +176,7 @@ float largest_of(const float* x, int64_t n) {
   return *std::max_element(lane, lane + kLanes);
 }
 
-// All queries of one item over their keys; the order of additions depends on each query's position alone.
+// All queries of one item over their keys; the order of additions depends on each query's position alone. `out` may be q.
 void attend(const KernelTable& k, const AttentionShape& s, const KvCache& kv, int64_t layer, const TokenPlaces& places,
             const Item& item, const float* q, const Desk& d, float* out) {
   const int64_t dim = s.head_dim, n = item.tokens * item.heads, q_dim = s.heads * dim;
@@ -210,24 +208,30 @@ void attend(const KernelTable& k, const AttentionShape& s, const KvCache& kv, in
   }
 }
 
-// Queries, keys and values of all tokens: norms and rotations; keys and values go to the cache.
-void prepare(Runtime& rt, const AttentionShape& s, const AttentionWeights& w, KvCache& kv, int64_t layer,
-             const TokenPlaces& places, const Angles& angles, int64_t tokens, float* q, float* key, float* value) {
+// Queries, keys and values of all tokens: norms and rotations; queries go to `turned`, keys and values to the cache. Overwrites value.
+void prepare(Runtime& rt, const AttentionShape& s, const AttentionWeights& w, KvCache& kv, int64_t layer, const TokenPlaces& places,
+             const Angles& angles, int64_t tokens, const float* q, const float* key, float* value, float* turned) {
   const KernelTable& k = *rt.table;
-  const int64_t q_dim = s.heads * s.head_dim, kv_dim = s.kv_heads * s.head_dim, half = s.head_dim / 2;
-  rt.pool.parallel_for(tokens, 4, [&](int64_t begin, int64_t end, int) {
-    for (int64_t t = begin; t < end; ++t) {
-      const float *cosine = angles.cosine + t * half, *sine = angles.sine + t * half;
-      prepare_heads(k, s, q + t * q_dim, s.heads, w.q_norm, cosine, sine);
-      prepare_heads(k, s, key + t * kv_dim, s.kv_heads, w.k_norm, cosine, sine);
+  const int64_t dim = s.head_dim, q_dim = s.heads * dim, kv_dim = s.kv_heads * dim, shared = s.heads / s.kv_heads;
+  float* keys = rt.scratch.get<float>(rt.pool.size() * dim);
+  rt.pool.parallel_for(tokens * s.kv_heads, 2, [&](int64_t begin, int64_t end, int thread) {
+    float q_scale = 0.0f, k_scale = 0.0f, *turned_key = keys + thread * dim;
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t t = n / s.kv_heads, g = n % s.kv_heads;
+      if (s.qk_norm == 2 && (n == begin || g == 0)) {
+        q_scale = rms_scale(k, q + t * q_dim, s.eps, q_dim);
+        k_scale = rms_scale(k, key + t * kv_dim, s.eps, kv_dim);
+      }
+      const float *cosine = angles.cosine + t * (dim / 2), *sine = angles.sine + t * (dim / 2);
+      for (int64_t h = g * shared; h < (g + 1) * shared; ++h)
+        prepare_head(k, s, q + t * q_dim + h * dim, w.q_norm + (s.qk_norm == 2 ? h * dim : 0), q_scale, cosine, sine, turned + t * q_dim + h * dim);
+      prepare_head(k, s, key + t * kv_dim + g * dim, w.k_norm + (s.qk_norm == 2 ? g * dim : 0), k_scale, cosine, sine, turned_key);
+      float* v = value + t * kv_dim + g * dim;
       if (s.clip > 0)
-        for (int64_t i = 0; i < kv_dim; ++i)
-          value[t * kv_dim + i] = std::min(std::max(value[t * kv_dim + i], -s.clip), s.clip);
+        for (int64_t i = 0; i < dim; ++i) v[i] = std::min(std::max(v[i], -s.clip), s.clip);
       const int64_t position = places.position[t];
       const int32_t block = places.block_tables[places.sequence[t] * places.table_blocks + position / kv.block_tokens];
-      for (int64_t h = 0; h < s.kv_heads; ++h)
-        kv.store(k, kv.head(layer, block, h), position % kv.block_tokens, key + t * kv_dim + h * s.head_dim,
-                 value + t * kv_dim + h * s.head_dim);
+      kv.store(k, kv.head(layer, block, g), position % kv.block_tokens, turned_key, v);
     }
   });
 }
@@ -255,12 +259,12 @@ void attention(Runtime& rt, const AttentionShape& s, const AttentionWeights& w, 
   float* value = rt.scratch.get<float>(tokens * kv_dim);
   const Activations rows = in.row(0, tokens);
   multiply(rt, {product(w.q, rows, q), product(w.k, rows, key), product(w.v, rows, value)});
-  prepare(rt, s, w, kv, layer, places, angles, tokens, q, key, value);
+  float* mixed = rt.scratch.get<float>(tokens * q_dim); // first the queries; who reads a head's query puts its output there
+  prepare(rt, s, w, kv, layer, places, angles, tokens, q, key, value, mixed);
 
   int64_t longest = 0;
   for (int64_t t = 0; t < tokens; ++t) longest = std::max(longest, int64_t(places.position[t]) + 1);
   const int64_t span = round_up(longest, kv.block_tokens);
-  float* mixed = rt.scratch.get<float>(tokens * q_dim);
   const std::vector<Item> items = items_of(s, places, tokens);
   std::vector<Desk> desks;
   for (int i = 0; i < rt.pool.size(); ++i)
@@ -268,7 +272,7 @@ void attention(Runtime& rt, const AttentionShape& s, const AttentionWeights& w, 
                      rt.scratch.get<float>(kQueries * s.head_dim), rt.scratch.get<int8_t>(kQueries * round_up(s.head_dim, 4)), span});
   rt.pool.parallel_for(int64_t(items.size()), 1, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t i = begin; i < end; ++i)
-      attend(k, s, kv, layer, places, items[size_t(i)], q, desks[size_t(thread)], mixed);
+      attend(k, s, kv, layer, places, items[size_t(i)], mixed, desks[size_t(thread)], mixed);
   });
 
   QuantRows out = quant_rows(rt, tokens, q_dim, group);

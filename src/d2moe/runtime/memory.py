@@ -140,7 +140,7 @@ def scratch_bytes(shape: ModelShape, group: int, tokens: int, context: int, thre
         return m * (cols + 8 * (cols // group)) + 256
 
     h, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    desk = QUERIES * 4 * (padded(context, BLOCK_TOKENS) + 3 * shape.head_dim) + 512  # of one thread in attention
+    desk = QUERIES * 4 * (padded(context, BLOCK_TOKENS) + 3 * shape.head_dim) + 4 * shape.head_dim + 576  # of one thread in attention
     attention = rows(tokens, h) + rows(tokens, q) + 4 * tokens * (h + 2 * q + 2 * kv) + threads * desk
 
     def feed_forward(inner: int) -> int:
