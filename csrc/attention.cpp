@@ -6,6 +6,7 @@
 #include <new>
 #include <stdexcept>
 #include <sys/mman.h>
+#include <utility>
 
 namespace d2moe {
 
@@ -121,10 +122,18 @@ struct Desk {
   int64_t span;
 };
 
-// Scores of all queries against blocks [block0, block1), the query's own factor included; queries in halves bring it along.
-void score(const KernelTable& k, const KvCache& kv, int64_t layer, const int32_t* blocks, int64_t block0, int64_t block1,
+// Where the neighbours from blocks[at] on end, before `end`: a head's keys and values there are one piece of memory.
+int64_t neighbours(const int32_t* blocks, int64_t at, int64_t end) {
+  int64_t next = at + 1;
+  while (next < end && blocks[next] == blocks[next - 1] + 1) ++next;
+  return next;
+}
+
+// Scores of all queries against positions from block0's first to `end`, the query's own factor included; queries in halves bring it
+// along.
+void score(const KernelTable& k, const KvCache& kv, int64_t layer, const int32_t* blocks, int64_t block0, int64_t end,
            int64_t kv_head, int64_t n, const Desk& d) {
-  const int64_t dim = kv.head_dim, tiles = kv.block_tokens / kKeyTile;
+  const int64_t dim = kv.head_dim, block1 = (end + kv.block_tokens - 1) / kv.block_tokens;
   const int padded = int(round_up(dim, 4));
   float factor[kQueries];
   for (int64_t i = 0; i < n; ++i) {
@@ -135,7 +144,9 @@ void score(const KernelTable& k, const KvCache& kv, int64_t layer, const int32_t
     for (int64_t e = 0; e < dim; ++e) d.codes[i * padded + e] = int8_t(std::nearbyintf(d.q[i * dim + e] * inverse));
     factor[i] = largest / 127.0f;
   }
-  for (int64_t b = block0; b < block1; ++b) {
+  for (int64_t b = block0, next; b < block1; b = next) {
+    next = neighbours(blocks, b, block1);
+    const int64_t tiles = (std::min(next * kv.block_tokens, end) - b * kv.block_tokens + kKeyTile - 1) / kKeyTile;
     const KvCache::Head head = kv.head(layer, blocks[b], kv_head);
     const Rows out{d.scores + (b - block0) * kv.block_tokens, d.span};
     if (kv.type == KvType::f16)
@@ -144,7 +155,7 @@ void score(const KernelTable& k, const KvCache& kv, int64_t layer, const int32_t
       k.scores_q8(head.keys, head.key_scale, tiles, dim, d.codes, padded, n, out);
   }
   for (int64_t i = 0; i < n && kv.type == KvType::q8; ++i)
-    for (int64_t j = 0; j < (block1 - block0) * kv.block_tokens; ++j) d.scores[i * d.span + j] *= factor[i];
+    for (int64_t j = 0; j < end - block0 * kv.block_tokens; ++j) d.scores[i * d.span + j] *= factor[i];
 }
 
 // out[i] += the values of positions [from, to) weighed by scores, for queries [i0, i0 + n); scores begin at `origin`.
@@ -152,8 +163,9 @@ void mix(const KernelTable& k, const KvCache& kv, int64_t layer, const int32_t* 
          int64_t to, int64_t origin, int64_t i0, int64_t n, const Desk& d) {
   const int64_t dim = kv.head_dim;
   for (int64_t at = from; at < to;) {
-    const int64_t first = at % kv.block_tokens, count = std::min(kv.block_tokens - first, to - at);
-    const KvCache::Head head = kv.head(layer, blocks[at / kv.block_tokens], kv_head);
+    const int64_t first = at % kv.block_tokens, block = at / kv.block_tokens;
+    const int64_t count = std::min(neighbours(blocks, block, (to - 1) / kv.block_tokens + 1) * kv.block_tokens, to) - at;
+    const KvCache::Head head = kv.head(layer, blocks[block], kv_head);
     const ConstRows p{d.scores + i0 * d.span + at - origin, d.span};
     const Rows out{d.out + i0 * dim, dim};
     if (kv.type == KvType::f16)
@@ -184,14 +196,16 @@ void attend(const KernelTable& k, const AttentionShape& s, const KvCache& kv, in
   const int32_t* blocks = places.block_tables + places.sequence[item.token] * places.table_blocks;
   const int64_t position = places.position[item.token]; // of the first token; the others follow it
   const int64_t start = s.window > 0 ? std::max(position - s.window + 1, int64_t(0)) : 0;
-  const int64_t block0 = start / kv.block_tokens, block1 = (position + item.tokens - 1) / kv.block_tokens + 1;
-  const int64_t origin = block0 * kv.block_tokens;
+  const int64_t block0 = start / kv.block_tokens, origin = block0 * kv.block_tokens;
   const float root = 1.0f / std::sqrt(float(dim));
   for (int64_t i = 0; i < n; ++i) {
     const float* from = q + (item.token + i / item.heads) * q_dim + (item.head + i % item.heads) * dim;
     for (int64_t e = 0; e < dim; ++e) d.q[i * dim + e] = from[e] * root;
   }
-  score(k, kv, layer, blocks, block0, block1, kv_head, n, d);
+  score(k, kv, layer, blocks, block0, position + item.tokens, kv_head, n, d);
+  const int64_t row = kv.key_bytes();
+  const uint8_t* values = kv.head(layer, blocks[block0], kv_head).values + (start - origin) * row;
+  for (int64_t i = 0; i < 16 * row; i += 64) __builtin_prefetch(values + i); // come while weights are made of the scores
   float sums[kQueries];
   for (int64_t i = 0; i < n; ++i) {
     float* scores = d.scores + i * d.span + start - origin;
@@ -216,6 +230,17 @@ void prepare(Runtime& rt, const AttentionShape& s, const AttentionWeights& w, Kv
   float* keys = rt.scratch.get<float>(rt.pool.size() * dim);
   rt.pool.parallel_for(tokens * s.kv_heads, 2, [&](int64_t begin, int64_t end, int thread) {
     float q_scale = 0.0f, k_scale = 0.0f, *turned_key = keys + thread * dim;
+    const auto place = [&](int64_t n) {
+      const int64_t t = n / s.kv_heads, position = places.position[t];
+      const int32_t block = places.block_tables[places.sequence[t] * places.table_blocks + position / kv.block_tokens];
+      return std::pair(kv.head(layer, block, n % s.kv_heads), position % kv.block_tokens);
+    };
+    if (tokens == 1) // a key is scattered over as many lines as its head is long: those are asked for before the first is written
+      for (int64_t n = begin; n < end; ++n) {
+        const auto [head, at] = place(n);
+        const int64_t tile = kv.key_bytes() * kKeyTile;
+        for (int64_t i = 0; i < tile; i += 64) __builtin_prefetch(head.keys + at / kKeyTile * tile + i, 1);
+      }
     for (int64_t n = begin; n < end; ++n) {
       const int64_t t = n / s.kv_heads, g = n % s.kv_heads;
       if (s.qk_norm == 2 && (n == begin || g == 0)) {
@@ -229,9 +254,8 @@ void prepare(Runtime& rt, const AttentionShape& s, const AttentionWeights& w, Kv
       float* v = value + t * kv_dim + g * dim;
       if (s.clip > 0)
         for (int64_t i = 0; i < dim; ++i) v[i] = std::min(std::max(v[i], -s.clip), s.clip);
-      const int64_t position = places.position[t];
-      const int32_t block = places.block_tables[places.sequence[t] * places.table_blocks + position / kv.block_tokens];
-      kv.store(k, kv.head(layer, block, g), position % kv.block_tokens, turned_key, v);
+      const auto [head, at] = place(n);
+      kv.store(k, head, at, turned_key, v);
     }
   });
 }

@@ -25,13 +25,14 @@ public:
   // One token's key and value, [head_dim] each, into their place.
   void store(const KernelTable& k, const Head& head, int64_t token, const float* key, const float* value) const;
 
+  int64_t key_bytes() const { return head_dim * (type == KvType::f16 ? 2 : 1); } // or a value's, of one head
   // Bytes of one block of one layer.
   static int64_t block_bytes(KvType type, int64_t block_tokens, int64_t kv_heads, int64_t head_dim);
   const KvType type;
   const int64_t layers, blocks, block_tokens, kv_heads, head_dim;
 
 private:
-  int64_t plane_bytes() const { return block_tokens * head_dim * (type == KvType::f16 ? 2 : 1); } // keys or values of a head
+  int64_t plane_bytes() const { return block_tokens * key_bytes(); } // keys or values of a head
   uint8_t* memory_;
   int64_t bytes_;
 };

@@ -14,9 +14,11 @@ inline __m512 signed_bytes(const int8_t* p, __mmask16 k) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(k, p)));
 }
 
-// N queries and S tiles of keys in flight: their sums are independent, so that the latency of an addition does not bind.
+// N queries and S tiles of keys in flight: their sums are independent, so that the latency of an addition does not bind. `left` tiles
+// follow, which are asked for; what is not there would take as much of the bandwidth.
 template <int N, int S>
-void scores_f16_of(const uint16_t* keys, int64_t head_dim, const ConstRows& q, const Rows& out) {
+void scores_f16_of(const uint16_t* keys, int64_t left, int64_t head_dim, const ConstRows& q, const Rows& out) {
+  const int64_t ahead = least(left, int64_t(S)) * head_dim * kKeyTile;
   __m512 acc[N][S];
   unrolled<N * S>([&](auto k) { acc[k.value / S][k.value % S] = _mm512_setzero_ps(); });
   for (int64_t d = 0; d < head_dim; ++d) {
@@ -24,7 +26,7 @@ void scores_f16_of(const uint16_t* keys, int64_t head_dim, const ConstRows& q, c
     unrolled<S>([&](auto s) { key[s.value] = halves(keys + (s.value * head_dim + d) * kKeyTile, 0xFFFF); });
     if (d % 2 == 0) // half a line each; the next tiles'
       unrolled<S>([&](auto s) __attribute__((always_inline)) {
-        prefetch(reinterpret_cast<const uint8_t*>(keys + ((s.value + S) * head_dim + d) * kKeyTile));
+        prefetch(reinterpret_cast<const uint8_t*>(keys + (s.value * head_dim + d) * kKeyTile + ahead));
       });
     unrolled<N>([&](auto i) __attribute__((always_inline)) {
       constexpr int I = decltype(i)::value;
@@ -36,7 +38,9 @@ void scores_f16_of(const uint16_t* keys, int64_t head_dim, const ConstRows& q, c
 }
 
 template <int N, int S>
-void scores_q8_of(const uint8_t* keys, const float* key_scale, int64_t head_dim, const int8_t* q, int64_t q_stride, const Rows& out) {
+void scores_q8_of(const uint8_t* keys, int64_t left, const float* key_scale, int64_t head_dim, const int8_t* q, int64_t q_stride,
+                  const Rows& out) {
+  const int64_t ahead = least(left, int64_t(S)) * head_dim * kKeyTile;
   __m512i dot[N][S];
   unrolled<N>([&](auto i) __attribute__((always_inline)) {
     constexpr int I = decltype(i)::value;
@@ -47,7 +51,7 @@ void scores_q8_of(const uint8_t* keys, const float* key_scale, int64_t head_dim,
   for (int64_t d = 0; d < head_dim; d += 4) {
     __m512i key[S];
     unrolled<S>([&](auto s) { key[s.value] = load(keys + (s.value * head_dim + d) * kKeyTile); });
-    unrolled<S>([&](auto s) __attribute__((always_inline)) { prefetch(keys + ((s.value + S) * head_dim + d) * kKeyTile); });
+    unrolled<S>([&](auto s) __attribute__((always_inline)) { prefetch(keys + (s.value * head_dim + d) * kKeyTile + ahead); });
     unrolled<N>([&](auto i) __attribute__((always_inline)) {
       const __m512i x = four(q + decltype(i)::value * q_stride + d);
       unrolled<S>([&](auto s) __attribute__((always_inline)) { add_products(dot[decltype(i)::value][s.value], key[s.value], x); });
@@ -81,7 +85,7 @@ template <class F> inline void cut_scores(int64_t n, int64_t tiles, F&& f) {
 void scores_f16(const uint16_t* keys, int64_t tiles, int64_t head_dim, ConstRows q, int64_t n, Rows scores) {
   cut_scores(n, tiles, [&](auto queries, auto side, int64_t i, int64_t t) {
     scores_f16_of<decltype(queries)::value, decltype(side)::value>(
-        keys + t * head_dim * kKeyTile, head_dim, {q.data + i * q.stride, q.stride}, {scores.data + i * scores.stride + t * kKeyTile, scores.stride});
+        keys + t * head_dim * kKeyTile, tiles - t - decltype(side)::value, head_dim, {q.data + i * q.stride, q.stride}, {scores.data + i * scores.stride + t * kKeyTile, scores.stride});
   });
 }
 
@@ -89,17 +93,18 @@ void scores_q8(const uint8_t* keys, const float* key_scale, int64_t tiles, int64
                int64_t q_stride, int64_t n, Rows scores) {
   cut_scores(n, tiles, [&](auto queries, auto side, int64_t i, int64_t t) {
     scores_q8_of<decltype(queries)::value, decltype(side)::value>(
-        keys + t * head_dim * kKeyTile, key_scale + t * kKeyTile, head_dim, q + i * q_stride, q_stride,
+        keys + t * head_dim * kKeyTile, tiles - t - decltype(side)::value, key_scale + t * kKeyTile, head_dim, q + i * q_stride, q_stride,
         {scores.data + i * scores.stride + t * kKeyTile, scores.stride});
   });
 }
 
 constexpr int64_t kRowsAhead = 16; // values asked for before their turn: parts of rows are too far apart for the hardware to foresee
 
-// N queries and 16 R elements of the head, the last `rest` of them in a register of their own, whose sums stay in registers.
+// N queries and 16 R elements of the head, the last `rest` of them in a register of their own, whose sums stay in registers. `known` rows
+// are there to be asked for.
 // value(j, d, mask) are 16 floats, weight(i, j) what query i gives to key j.
 template <int N, int R, bool Whole, class V, class W, class A>
-inline __attribute__((always_inline)) void mix_of(int64_t count, int64_t i0, int64_t d0, __mmask16 some, const Rows& out, V&& value, W&& weight, A&& ahead) {
+inline __attribute__((always_inline)) void mix_of(int64_t count, int64_t known, int64_t i0, int64_t d0, __mmask16 some, const Rows& out, V&& value, W&& weight, A&& ahead) {
   const __mmask16 mask = Whole ? __mmask16(0xFFFF) : some;
   __m512 acc[N][R];
   float* y = out.data + i0 * out.stride + d0;
@@ -110,7 +115,7 @@ inline __attribute__((always_inline)) void mix_of(int64_t count, int64_t i0, int
   for (int64_t j = 0; j < count; ++j) {
     __m512 v[R];
     unrolled<R>([&](auto r) { v[r.value] = value(j, d0 + 16 * r.value, mask); });
-    unrolled<(R + 1) / 2>([&](auto r) __attribute__((always_inline)) { ahead(j + kRowsAhead, d0 + 32 * r.value); });
+    unrolled<(R + 1) / 2>([&](auto r) __attribute__((always_inline)) { ahead(least(j + kRowsAhead, known - 1), d0 + 32 * r.value); });
     unrolled<N>([&](auto i) __attribute__((always_inline)) {
       constexpr int I = decltype(i)::value;
       const __m512 p = _mm512_set1_ps(weight(i0 + I, j));
@@ -124,14 +129,14 @@ inline __attribute__((always_inline)) void mix_of(int64_t count, int64_t i0, int
 }
 
 template <class V, class W, class A>
-inline void mix(int64_t count, int64_t head_dim, int64_t n, const Rows& out, V&& value, W&& weight, A&& ahead) {
+inline void mix(int64_t count, int64_t known, int64_t head_dim, int64_t n, const Rows& out, V&& value, W&& weight, A&& ahead) {
   int64_t i = 0;
   const auto take = [&](auto queries, auto registers) {
     constexpr int N = decltype(queries)::value, R = decltype(registers)::value;
     for (; i + N <= n; i += N) {
       int64_t d = 0;
-      for (; d + 16 * R <= head_dim; d += 16 * R) mix_of<N, R, true>(count, i, d, 0, out, value, weight, ahead);
-      for (; d < head_dim; d += 16) mix_of<N, 1, false>(count, i, d, first(head_dim - d), out, value, weight, ahead);
+      for (; d + 16 * R <= head_dim; d += 16 * R) mix_of<N, R, true>(count, known, i, d, 0, out, value, weight, ahead);
+      for (; d < head_dim; d += 16) mix_of<N, 1, false>(count, known, i, d, first(head_dim - d), out, value, weight, ahead);
     }
   };
   take(Index<8>{}, Index<2>{});
@@ -141,7 +146,7 @@ inline void mix(int64_t count, int64_t head_dim, int64_t n, const Rows& out, V&&
 }
 
 void mix_f16(const uint16_t* values, int64_t count, int64_t head_dim, ConstRows p, int64_t n, Rows out) {
-  mix(count, head_dim, n, out, [&](int64_t j, int64_t d, __mmask16 k) { return halves(values + j * head_dim + d, k); },
+  mix(count, count, head_dim, n, out, [&](int64_t j, int64_t d, __mmask16 k) { return halves(values + j * head_dim + d, k); },
       [&](int64_t i, int64_t j) { return p.data[i * p.stride + j]; },
       [&](int64_t j, int64_t d) __attribute__((always_inline)) { prefetch(reinterpret_cast<const uint8_t*>(values + j * head_dim + d)); });
 }
@@ -153,7 +158,7 @@ void mix_q8(const int8_t* values, const float* value_scale, int64_t count, int64
     const int64_t rows = least(kValues, count - j0);
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < rows; ++j) weight[i][j] = p.data[i * p.stride + j0 + j] * value_scale[j0 + j];
-    mix(rows, head_dim, n, out, [&](int64_t j, int64_t d, __mmask16 k) { return signed_bytes(values + j * head_dim + d, k); },
+    mix(rows, count - j0, head_dim, n, out, [&](int64_t j, int64_t d, __mmask16 k) { return signed_bytes(values + j * head_dim + d, k); },
         [&](int64_t i, int64_t j) { return weight[i][j]; },
         [&](int64_t j, int64_t d) __attribute__((always_inline)) { prefetch(reinterpret_cast<const uint8_t*>(values + j * head_dim + d)); });
   }
