@@ -22,6 +22,7 @@ inline void relax() {
 
 constexpr int kPolite = 2000; // pauses before a spinning thread offers its CPU to others
 constexpr auto kSpin = std::chrono::microseconds(60); // a decode step's serial parts are shorter than this
+constexpr auto kLinger = std::chrono::microseconds(400); // and what lies between two steps than this: offering its CPU to others, it spins on
 
 } // namespace
 
@@ -113,15 +114,19 @@ void Pool::run(int64_t first, int64_t second, int64_t grain, Body body, void* co
 void Pool::work(int thread) {
   uint64_t seen = 0;
   for (;;) {
-    const auto until = std::chrono::steady_clock::now() + kSpin;
+    const auto begin = std::chrono::steady_clock::now();
     int spins = 0;
     while (epoch_.load() == seen) {
       relax();
-      if (++spins % 64 == 0 && std::chrono::steady_clock::now() > until) {
+      if (++spins % 64) continue;
+      const auto spun = std::chrono::steady_clock::now() - begin;
+      if (spun > kLinger) {
         std::unique_lock<std::mutex> lock(mutex_);
         asleep_.fetch_add(1);
         wake_.wait(lock, [&] { return epoch_.load() != seen; });
         asleep_.fetch_sub(1);
+      } else if (spun > kSpin) {
+        std::this_thread::yield();
       }
     }
     ++seen; // one job at a time, and run() waits for all: epochs are never skipped
