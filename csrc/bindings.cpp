@@ -211,6 +211,7 @@ struct PyProgram {
   In<int32_t> least, most;
   In<float> price, norm;
   std::optional<Array<float>> logits; // of the step in progress
+  const Executor& executor;
   Program program;
   const KvCache& kv;
   int64_t hidden;
@@ -219,7 +220,7 @@ struct PyProgram {
             std::vector<float> inverse_frequency, float rope_scale, KvCache& kv, PyExperts& experts, Array<int32_t> ids_,
             Array<int32_t> bits_, In<int32_t> least_, In<int32_t> most_, In<float> price_)
       : ids(std::move(ids_)), bits(std::move(bits_)), least(std::move(least_)), most(std::move(most_)), price(std::move(price_)),
-        norm(std::move(norm_)),
+        norm(std::move(norm_)), executor(experts.executor),
         program(rt, checked(embedding, head, norm, ids, bits, kv, experts, inverse_frequency), embedding.linear, head.linear,
                 norm.data(), eps, inverse_frequency, rope_scale, kv, experts.executor, ids.data(), bits.data(),
                 {least.data(), most.data(), price.data()}),
@@ -255,17 +256,17 @@ struct PyProgram {
                       widths ? std::optional(widths->router) : std::nullopt);
   }
 
-  void start(In<int32_t> tokens, In<int32_t> position, In<int32_t> sequence, In<int32_t> tables, In<int32_t> rows, Array<float> out) {
-    const int64_t n = int64_t(tokens.size());
+  void start(In<int32_t> tokens, In<int32_t> tables, In<int32_t> rows, Array<float> out) {
+    expect(tokens.ndim() == 2 && tokens.shape(0) == 3, "tokens is [3, n]: id, position, row of the block table");
+    const int64_t n = int64_t(tokens.shape(1));
+    const int32_t *ids = tokens.data(), *position = ids + n, *sequence = position + n;
     expect(n > 0 && n <= program.shape().max_tokens, "a step has from 1 to max_tokens tokens");
-    expect_size(position, n, "position");
-    expect_size(sequence, n, "sequence");
     expect(tables.ndim() == 2, "tables is [sequences, blocks]");
     const int64_t sequences = int64_t(tables.shape(0)), wide = int64_t(tables.shape(1));
     for (int64_t t = 0; t < n; ++t) {
-      const int64_t id = tokens.data()[t], s = sequence.data()[t], last = position.data()[t] / kv.block_tokens;
+      const int64_t id = ids[t], s = sequence[t], last = position[t] / kv.block_tokens;
       expect(id >= 0 && id < program.shape().vocab, "token id " + std::to_string(id) + " is outside the vocabulary");
-      expect(position.data()[t] >= 0 && s >= 0 && s < sequences && last < wide, "a position lies outside its block table");
+      expect(position[t] >= 0 && s >= 0 && s < sequences && last < wide, "a position lies outside its block table");
       const int32_t block = tables.data()[s * wide + last];
       expect(block >= 0 && block < kv.blocks, "a block table names a block that does not exist");
     }
@@ -277,11 +278,11 @@ struct PyProgram {
              "widths are from 2 to 8, the least no more than the most");
     expect_room(out, int64_t(rows.size()) * program.shape().vocab, "out");
     logits = std::move(out);
-    const TokenPlaces places{position.data(), sequence.data(), tables.data(), wide};
+    const TokenPlaces places{position, sequence, tables.data(), wide};
     // For a few tokens this is shorter than the wait for a GIL that another thread has taken meanwhile.
     std::optional<nb::gil_scoped_release> free;
     if (n > 32) free.emplace();
-    program.start(tokens.data(), places, n, sequences, rows.data(), int64_t(rows.size()), logits->data());
+    program.start(ids, places, n, sequences, rows.data(), int64_t(rows.size()), logits->data());
   }
 
   int64_t run() {
@@ -422,11 +423,7 @@ NB_MODULE(_native, m) {
       .def("log", [](PyExperts& e, bool on) { e.executor.log(on); }, "on"_a)
       .def("take_events", &PyExperts::take_events)
       .def_prop_ro("direct", [](const PyExperts& e) { return e.executor.direct(); })
-      .def_prop_ro("depth", [](const PyExperts& e) { return e.executor.depth(); }, "Reader threads that could be started.")
-      .def_prop_ro("counters", [](const PyExperts& e) {
-        const ExecutorCounters& c = e.executor.counters();
-        return std::make_tuple(c.read_bytes, c.reads, c.stall_ns, c.compute_ns, c.calls);
-      });
+      .def_prop_ro("depth", [](const PyExperts& e) { return e.executor.depth(); }, "Reader threads that could be started.");
   nb::class_<PyProgram>(m, "Program")
       .def(nb::init<Runtime&, const PyLinear&, const PyLinear&, In<float>, float, std::vector<float>, float, KvCache&, PyExperts&,
                     Array<int32_t>, Array<int32_t>, In<int32_t>, In<int32_t>, In<float>>(),
@@ -439,6 +436,7 @@ NB_MODULE(_native, m) {
       .def("run", &PyProgram::run)
       .def("compute", &PyProgram::compute)
       .def("take_notes", &PyProgram::take_notes)
+      .def_prop_ro("planned", [](const PyProgram& p) { return p.program.planned(); }, "Layer calls that take_planned would tell of.")
       .def("plan_by", [](PyProgram& p, Ledger* ledger) { p.program.plan_by(ledger); }, nb::keep_alive<1, 2>(), "ledger"_a.none())
       .def("take_planned", [](PyProgram& p) {
         const Program::Planned found = p.program.take_planned();
@@ -450,8 +448,11 @@ NB_MODULE(_native, m) {
       .def_prop_ro("held", [](const PyProgram& p) { return p.program.held(); })
       .def_prop_ro("gates", [](const PyProgram& p) { return p.copied(p.program.gates(), p.program.waiting(), p.program.shape().top_k); }, nb::rv_policy::automatic)
       .def("abandon", [](PyProgram& p) { p.program.abandon(); }, nb::call_guard<nb::gil_scoped_release>())
-      .def_prop_ro("planes_wanted", [](const PyProgram& p) { return p.program.planes_wanted(); })
-      .def_prop_ro("used", [](const PyProgram& p) { return p.program.used(); })
-      .def_prop_ro("taken", [](const PyProgram& p) { return p.program.taken(); })
+      .def_prop_ro("counts", [](const PyProgram& p) {
+        const ExecutorCounters& c = p.executor.counters();
+        const auto tuple = [](const WidthCounts& w) { return std::apply([](auto... n) { return nb::make_tuple(n...); }, w); };
+        return nb::make_tuple(p.program.taken(), c.read_bytes, c.reads, c.stall_ns, c.compute_ns, tuple(p.program.used()), tuple(p.program.planes_wanted()));
+      }, "(token, expert) pairs and the sum of their widths for each sequence of the last step; and of all steps bytes read, reads, nanoseconds "
+         "of waiting and of arithmetic, pairs by width, planes wanted by the width that each makes.")
       .def_prop_ro("busy_ns", [](const PyProgram& p) { return p.program.busy_ns(); });
 }

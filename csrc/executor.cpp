@@ -371,7 +371,6 @@ void Executor::finish(const float* gates, float* x) {
       for (int64_t i = 0; i < width; ++i) x[t * hidden + first + i] += sum[i];
     }
   });
-  ++counters_.calls;
   rt_.scratch.release(mark_);
   layer_ = -1;
 }

@@ -30,7 +30,7 @@ struct ExpertShape {
 using WidthCounts = std::array<int64_t, kMaxBits + 1>; // by width
 
 struct ExecutorCounters {
-  int64_t read_bytes = 0, reads = 0, stall_ns = 0, compute_ns = 0, calls = 0;
+  int64_t read_bytes = 0, reads = 0, stall_ns = 0, compute_ns = 0;
 };
 
 // What happened when, for a timeline: a read of bits `from` to `to` of an expert, an expert's arithmetic at `to` bits (those that were

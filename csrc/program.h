@@ -47,6 +47,7 @@ public:
     int64_t plans = 0, missing_bytes = 0, decide_ns = 0;
     WidthCounts read{};
   };
+  int64_t planned() const { return planned_.plans; }
   Planned take_planned() { return std::exchange(planned_, {}); }
   // For a layer that does not fit at once: computes these experts of it; run computes the rest.
   void compute(const int32_t* experts, int64_t count);

@@ -206,14 +206,15 @@ class Program:
         moe_index = sum(known is not None for _, known, *_ in self.layers)
         self.layers.append((attention, router, feed_forward, widths, moe_index))
 
-    def start(self, tokens: I32, position: I32, sequence: I32, tables: I32, rows: I32, out: F32) -> None:
-        self.position, self.sequence, self.tables, self.rows, self.out = position, sequence, tables, rows, out
+    def start(self, tokens: I32, tables: I32, rows: I32, out: F32) -> None:
+        ids, self.position, self.sequence = tokens
+        self.tables, self.rows, self.out = tables, rows, out
         self._taken = np.zeros((len(tables), MAX_BITS + 1), np.int64)
         least, most, price = self.dials
-        n = len(tokens)
+        n = len(ids)
         self.left = least[:n], most[:n], price[:n]  # of the tokens that are left
         e = self.embedding
-        self.x = planes.dequantize(e.codes[tokens], e.affine[tokens], e.row_scale[tokens], e.bits, len(tokens), e.cols)
+        self.x = planes.dequantize(e.codes[ids], e.affine[ids], e.row_scale[ids], e.bits, n, e.cols)
         self.next, self.routed = 0, False
 
     def run(self) -> int:
@@ -271,18 +272,11 @@ class Program:
         return np.bincount(widest[widest > 0], minlength=MAX_BITS + 1)
 
     @property
-    def planes_wanted(self) -> list[int]:
-        planes: list[int] = self._wanted[::-1].cumsum()[::-1].tolist()  # who wants a plane wants all lower ones
-        return [0] * BASE_BITS + planes[BASE_BITS:]
-
-    @property
-    def used(self) -> list[int]:
-        found: list[int] = self._used.tolist()
-        return found
-
-    @property
-    def taken(self) -> list[tuple[int, int]]:
-        return [(sum(counts), sum(b * n for b, n in enumerate(counts))) for counts in self._taken.tolist()]
+    def counts(self) -> tuple[list[tuple[int, int]], int, int, int, int, tuple[int, ...], tuple[int, ...]]:
+        taken = [(sum(counts), sum(b * n for b, n in enumerate(counts))) for counts in self._taken.tolist()]
+        planes = self._wanted[::-1].cumsum()[::-1].tolist()  # who wants a plane wants all lower ones
+        wanted = (0,) * BASE_BITS + tuple(planes[BASE_BITS:])
+        return taken, self.experts.read_bytes, self.experts.reads, 0, 0, tuple(self._used.tolist()), wanted
 
     def pause(self, when: str) -> None:
         self.when = when
@@ -327,12 +321,8 @@ class Experts:
     def __init__(self, runtime: Runtime, **facts: Any):
         self.runtime, self.f = runtime, facts
         self.widths: dict[tuple[int, int], int] = {}
-        self.read_bytes = self.reads = self.calls = 0
+        self.read_bytes = self.reads = 0
         self.direct, self.depth = False, 1
-
-    @property
-    def counters(self) -> tuple[int, int, int, int, int]:
-        return self.read_bytes, self.reads, 0, 0, self.calls
 
     def set_limit(self, n_bytes: int) -> None:
         pass  # nothing is kept beyond the widths: every product reads its record again
@@ -381,7 +371,6 @@ class Experts:
         for k in range(gates.shape[1]):
             total = total + gates[:, k, None] * self.out[:, k]
         x += total
-        self.calls += 1
 
     def abandon(self) -> None:
         pass  # nothing outlives a call here

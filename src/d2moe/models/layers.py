@@ -36,15 +36,6 @@ class Weights(Protocol):
     def has(self, name: str) -> bool: ...
 
 
-@dataclass
-class Places:
-    """Where the tokens of a step sit: position [tokens], sequence row [tokens], block tables [sequences, blocks]."""
-
-    position: I32
-    sequence: I32
-    tables: I32
-
-
 @dataclass(frozen=True)
 class DenseOptions:
     """`widths` of the dense weights in memory; `group`: columns that share a step and a zero; `rotation`: of what down
@@ -155,14 +146,15 @@ class Decoder:
             k_norm=w.read_dense(f"{name}.attn.k_norm") if normed else None,
         )
 
-    def start(self, tokens: I32, places: Places, rows: I32, logits: F32) -> None:
-        """Begin a step with `tokens` int32 [n]; their keys and values will be appended to the cache.
+    def start(self, tokens: I32, tables: I32, rows: I32, logits: F32) -> None:
+        """Begin a step with `tokens` int32 [3, n]: id, position, and row of `tables` int32 [sequences, blocks], which says where the
+        cache's blocks are; keys and values are appended there.
 
         `rows` int32, ascending: the tokens whose logits are wanted, in `logits` float32 [len(rows), vocab]; the last layer's experts see
         no others.
         """
-        self._tokens, self._rows = len(tokens), rows
-        self.program.start(tokens, places.position, places.sequence, places.tables, rows, logits)
+        self._tokens, self._rows = tokens.shape[1], rows
+        self.program.start(tokens, tables, rows, logits)
 
     def run(self) -> int:
         """Go on; -1 at the end, else the MoE layer (counted among those) that waits for reads of its experts."""

@@ -15,7 +15,7 @@ from d2moe.container import Container, read_router
 from d2moe.errors import ConfigError, MemoryBudgetError, RequestError
 from d2moe.kernels import reference
 from d2moe.models import shape_from_config
-from d2moe.models.layers import Decoder, DenseOptions, Places
+from d2moe.models.layers import Decoder, DenseOptions
 from d2moe.policy import policy
 from d2moe.policy.ledger import Ledger
 from d2moe.policy.trace import Meta, Recorder, Trace
@@ -234,7 +234,7 @@ class Engine:
         """
         begin = time.perf_counter()
         plans = [self._checked(c) for c in chunks]
-        if len({id(c.sequence) for c in chunks}) < len(chunks):
+        if len(chunks) > 1 and len({id(c.sequence) for c in chunks}) < len(chunks):
             raise RequestError("a sequence stands twice in one step; join its tokens into one chunk")
         lengths = [c.sequence.length for c in chunks]
         outputs: list[F32] = []
@@ -256,50 +256,43 @@ class Engine:
                 c.sequence.length = length
             raise
         counters = self.counters
-        counters.read_bytes, counters.reads, stall, compute, _ = self.experts.counters
-        program, (base, more) = self.decoder.program, self.ledger.prefix[BASE_BITS : BASE_BITS + 2]
-        counters.planes_wanted = planes = tuple(program.planes_wanted)
-        counters.wanted_bytes = planes[BASE_BITS] * base + sum(planes[BASE_BITS + 1 :]) * (more - base)
-        counters.width_uses = tuple(program.used)
-        counters.stall_seconds, counters.compute_seconds = stall / 1e9, compute / 1e9
         counters.steps += 1
         counters.step_seconds += time.perf_counter() - begin
         if self.timeline is not None:
             self.timeline.step(begin, sum(map(len, plans)))
         return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
 
-    def _checked(self, chunk: Chunk) -> npt.NDArray[np.int32]:
-        tokens = np.ascontiguousarray(chunk.tokens, np.int32)
-        if tokens.ndim != 1 or not len(tokens):
+    def _checked(self, chunk: Chunk) -> list[int]:
+        ids: list[int] = chunk.tokens if type(chunk.tokens) is list else np.atleast_1d(np.asarray(chunk.tokens, np.int32)).tolist()
+        if not ids or type(ids[0]) is list:
             raise RequestError("a chunk needs at least one token")
-        ids = tokens.tolist()
         if min(ids) < 0 or max(ids) >= self.shape.vocab:
             raise RequestError(f"token ids run from 0 to {self.shape.vocab - 1}, found {min(ids)} to {max(ids)}")
         self.dial(chunk.bits, chunk.uniform)
-        return tokens
+        return ids
 
-    def _pass(self, items: list[tuple[Chunk, npt.NDArray[np.int32], str]]) -> F32:
+    def _pass(self, items: list[tuple[Chunk, list[int], str]]) -> F32:
         """One forward pass over at most max_tokens tokens."""
         decoder = self.decoder
+        ids: list[int] = []
         positions: list[int] = []
         sequences: list[int] = []
         wished: list[int] = []
         for index, (chunk, tokens, wish) in enumerate(items):
             at, length = len(positions), chunk.sequence.length
+            ids += tokens
             positions += range(length, length + len(tokens))
             sequences += [index] * len(tokens)
             end = len(positions)
             decoder.least[at:end], decoder.most[at:end], decoder.price[at:end] = self.dial(chunk.bits, chunk.uniform)
             wished += range(at, end) if wish == "all" else (end - 1,) if wish == "last" else ()
-        alone = len(items) == 1
-        tables = items[0][0].sequence.table[None] if alone else np.stack([c.sequence.table for c, _, _ in items])
-        tokens = items[0][1] if alone else np.concatenate([t for _, t, _ in items])
-        position, sequence, rows = (np.array(found, np.int32) for found in (positions, sequences, wished))
+        tables = items[0][0].sequence.table[None] if len(items) == 1 else np.stack([c.sequence.table for c, _, _ in items])
+        fed, rows = np.array((ids, positions, sequences), np.int32), np.array(wished, np.int32)
         recorder = self._streamer.recorder
         if recorder is not None:
-            recorder.begin(position, sequence, rows)
+            recorder.begin(fed[1], fed[2], rows)
         logits = np.empty((len(rows), self.shape.vocab), np.float32)
-        decoder.start(tokens, Places(position, sequence, tables), rows, logits)
+        decoder.start(fed, tables, rows, logits)
         self._streamer.run(decoder)
         if recorder is not None:
             recorder.end()
@@ -311,10 +304,14 @@ class Engine:
         self._streamer.hear(self.decoder)
         return self.ledger.heat()
 
-    def _count(self, items: list[tuple[Chunk, npt.NDArray[np.int32], str]]) -> None:
-        """What each chunk's tokens took."""
+    def _count(self, items: list[tuple[Chunk, list[int], str]]) -> None:
+        """What each chunk's tokens took, and all steps so far."""
         c = self.counters
-        for (chunk, tokens, _), (uses, bits) in zip(items, self.decoder.program.taken, strict=True):
+        taken, c.read_bytes, c.reads, stall, compute, c.width_uses, planes = self.decoder.program.counts
+        c.stall_seconds, c.compute_seconds, c.planes_wanted = stall / 1e9, compute / 1e9, planes
+        base, more = self.ledger.prefix[BASE_BITS : BASE_BITS + 2]
+        c.wanted_bytes = planes[BASE_BITS] * base + sum(planes[BASE_BITS + 1 :]) * (more - base)
+        for (chunk, tokens, _), (uses, bits) in zip(items, taken, strict=True):
             sequence = chunk.sequence
             c.uses += uses
             c.use_bits += bits

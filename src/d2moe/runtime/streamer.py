@@ -127,14 +127,13 @@ class Streamer:
                     self._bring(decoder, layer)
         except self._failure as error:
             raise StorageError(f'{error}; run "d2moe verify" on the model, and check the disk') from None
-        if in_core:
+        if in_core and decoder.program.planned:
             plans, missing_bytes, decide_ns, planes = decoder.program.take_planned()
             c = self.counters
             c.plans += plans
             c.missing_bytes += missing_bytes
             c.decide_seconds += decide_ns / 1e9
-            if plans:
-                c.planes_missing, c.planes_read = plus(c.planes_missing, planes), plus(c.planes_read, planes)
+            c.planes_missing, c.planes_read = plus(c.planes_missing, planes), plus(c.planes_read, planes)
         self._silent_steps += 1
         if self._silent_steps >= SILENT_STEPS:
             self.hear(decoder)

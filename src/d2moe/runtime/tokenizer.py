@@ -6,13 +6,15 @@ at the beginning; where it has none, "add_bos_token" and "add_eos_token" of toke
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer as Backend
+from tokenizers import decoders
 
 from d2moe.errors import ContainerError, RequestError
 
@@ -21,6 +23,17 @@ MAX_JSON_BYTES = 200_000_000
 ANCHOR_TOKENS = 24
 """A stream decodes at most about this many tokens again per step."""
 UNFINISHED = "\ufffd"
+
+
+def _letters() -> dict[str, int]:
+    """The letters that byte-level vocabularies spell the 256 bytes in, and their bytes: printable ones are themselves, the others
+    follow from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+BYTE_OF_LETTER = _letters()
 
 
 class Tokenizer:
@@ -49,6 +62,8 @@ class Tokenizer:
             self._add_ends()
         # A decoder with byte fallback turns a run of byte tokens into text only as a whole.
         self._byte_tokens = frozenset(i for b in range(256) if (i := backend.token_to_id(f"<0x{b:02X}>")) is not None)
+        self._byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+        self._token_bytes: dict[int, bytes] = {}
         self._special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
 
     @classmethod
@@ -115,9 +130,20 @@ class Tokenizer:
         """Text of token ids; half a character at the end becomes U+FFFD."""
         return str(self.backend.decode(list(tokens), skip_special_tokens=skip_special))
 
-    def stream(self, skip_special: bool = True, shown: Collection[int] = ()) -> DecodeStream:
+    def stream(self, skip_special: bool = True, shown: Collection[int] = ()) -> TextStream:
         """A decoder that takes one token at a time; special tokens `shown` are part of the text even if it skips them."""
-        return DecodeStream(self, skip_special, shown)
+        return (ByteStream if self._byte_level else DecodeStream)(self, skip_special, shown)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a byte-level decoder makes of a token, whatever stands beside it."""
+        found = self._token_bytes.get(token)
+        if found is None:
+            text = self.backend.id_to_token(token) or ""
+            # A token that is not spelt in the 256 letters, as an added one, is its own text.
+            known = all(letter in BYTE_OF_LETTER for letter in text)
+            found = bytes(BYTE_OF_LETTER[letter] for letter in text) if known else text.encode()
+            self._token_bytes[token] = found
+        return found
 
     def n_bytes(self, tokens: Sequence[int]) -> int:
         """UTF-8 bytes of the text of `tokens`, special tokens included; the denominator of bits per byte."""
@@ -191,12 +217,47 @@ class Tokenizer:
             self.backend.post_processor = TemplateProcessing(single=single, special_tokens=list(ends.items()))
 
 
-class DecodeStream:
+class TextStream(Protocol):
     """Tokens in, text out, one token at a time; the pieces and `finish()` joined are exactly `decode` of all tokens.
 
-    Text that a later token can still change is held back: the last U+FFFD (perhaps half a character), and with a
-    byte-fallback vocabulary the whole run of byte tokens. Only the last few tokens are decoded again each step: the
-    window moves up once its own text proves to be the end of the text before.
+    Text that a later token can still change is held back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, shown: Collection[int] = ()): ...
+
+    def push(self, token: int) -> str:
+        """The text that became certain with `token`; may be empty."""
+        ...
+
+    def finish(self) -> str:
+        """The text still held; the stream is then empty and can be used again."""
+        ...
+
+
+class ByteStream(TextStream):
+    """Of a byte-level vocabulary, whose tokens are bytes of UTF-8: what is held back is half a character."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, shown: Collection[int] = ()):
+        self._tokenizer, self._skip, self._shown = tokenizer, skip_special, frozenset(shown)
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        if token in self._shown:
+            return self.finish() + self._utf8.decode(self._tokenizer.token_bytes(token))
+        if self._skip and self._tokenizer.is_special(token):
+            return ""
+        return self._utf8.decode(self._tokenizer.token_bytes(token))
+
+    def finish(self) -> str:
+        text = self._utf8.decode(b"", True)
+        self._utf8.reset()
+        return text
+
+
+class DecodeStream(TextStream):
+    """Of any vocabulary. Held back is the last U+FFFD (perhaps half a character), and with a byte-fallback vocabulary the whole run of
+    byte tokens. Only the last few tokens are decoded again each step: the window moves up once its own text proves to be the end of the
+    text before.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, shown: Collection[int] = ()):
@@ -205,7 +266,6 @@ class DecodeStream:
         self._sent = 0  # characters of the window's text that were returned
 
     def push(self, token: int) -> str:
-        """The text that became certain with `token`; may be empty."""
         if token in self._shown:
             return self.finish() + self._tokenizer.decode([token], skip_special=False)
         self._window.append(token)
@@ -218,7 +278,6 @@ class DecodeStream:
         return piece
 
     def finish(self) -> str:
-        """The text still held; the stream is then empty and can be used again."""
         text = self._tokenizer.decode(self._window, self._skip)
         piece = self._take(text, len(text))
         self._window, self._sent = [], 0
