@@ -40,7 +40,7 @@ Pool::~Pool() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stop_ = true;
-    epoch_.fetch_add(1);
+    gate_.store(++epoch_ << 32);
   }
   wake_.notify_all();
   for (auto& w : workers_) w.join();
@@ -101,14 +101,21 @@ void Pool::run(int64_t first, int64_t second, int64_t grain, Body body, void* co
       const int64_t grains = (n_[stage] + grain - 1) / grain;
       stretches_[size_t(stage * size() + t)].set(grains * t / size(), grains * (t + 1) / size());
     }
-  busy_.store(int(workers_.size()), std::memory_order_relaxed);
-  epoch_.fetch_add(1); // sequentially consistent with asleep_: either the worker sees the epoch or we see it asleep
+  gate_.store(++epoch_ << 32); // sequentially consistent with asleep_: either the worker sees the epoch or we see it asleep
   if (asleep_.load() > 0) {
     std::lock_guard<std::mutex> lock(mutex_);
     wake_.notify_all();
   }
   take(0);
-  wait_until([&] { return busy_.load(std::memory_order_acquire) == 0; });
+  gate_.fetch_or(kClosed, std::memory_order_relaxed); // nothing is left: who has not come by now need not
+  wait_until([&] { return uint32_t(gate_.load(std::memory_order_acquire)) == kClosed; });
+}
+
+bool Pool::enter(uint64_t& seen) {
+  uint64_t gate = gate_.load(std::memory_order_acquire);
+  do seen = gate >> 32;
+  while (!(gate & kClosed) && !gate_.compare_exchange_weak(gate, gate + kInside, std::memory_order_acquire));
+  return !(gate & kClosed);
 }
 
 void Pool::work(int thread) {
@@ -116,23 +123,23 @@ void Pool::work(int thread) {
   for (;;) {
     const auto begin = std::chrono::steady_clock::now();
     int spins = 0;
-    while (epoch_.load() == seen) {
+    while (gate_.load() >> 32 == seen) {
       relax();
       if (++spins % 64) continue;
       const auto spun = std::chrono::steady_clock::now() - begin;
       if (spun > kLinger) {
         std::unique_lock<std::mutex> lock(mutex_);
         asleep_.fetch_add(1);
-        wake_.wait(lock, [&] { return epoch_.load() != seen; });
+        wake_.wait(lock, [&] { return gate_.load() >> 32 != seen; });
         asleep_.fetch_sub(1);
       } else if (spun > kSpin) {
         std::this_thread::yield();
       }
     }
-    ++seen; // one job at a time, and run() waits for all: epochs are never skipped
     if (stop_) return;
+    if (!enter(seen)) continue;
     take(thread);
-    busy_.fetch_sub(1, std::memory_order_release);
+    gate_.fetch_sub(kInside, std::memory_order_release);
   }
 }
 

@@ -51,6 +51,7 @@ private:
   void run(int64_t first, int64_t second, int64_t grain, Body body, void* context);
   void work(int thread);
   void take(int thread);
+  bool enter(uint64_t& seen); // the job at the gate, whose number `seen` becomes, unless it is over
   // What a thread has left, in grains: begin in the lower half, end in the upper.
   struct alignas(64) Stretch {
     std::atomic<uint64_t> left{0};
@@ -64,8 +65,10 @@ private:
   Body body_ = nullptr;
   void* context_ = nullptr;
   int64_t n_[2] = {}, grain_ = 1;
-  std::atomic<uint64_t> epoch_{0};
-  std::atomic<int> busy_{0}, asleep_{0};
+  static constexpr uint64_t kClosed = 1, kInside = 2;
+  uint64_t epoch_ = 0;            // jobs so far
+  std::atomic<uint64_t> gate_{0}; // the job's number in the upper half, workers inside times kInside, and whether it is closed
+  std::atomic<int> asleep_{0};
   std::atomic<bool> stop_{false};
   std::mutex mutex_;
   std::condition_variable wake_;
