@@ -264,7 +264,7 @@ class Engine:
 
     def _checked(self, chunk: Chunk) -> list[int]:
         ids: list[int] = chunk.tokens if type(chunk.tokens) is list else np.atleast_1d(np.asarray(chunk.tokens, np.int32)).tolist()
-        if not ids or type(ids[0]) is list:
+        if not ids or isinstance(ids[0], list):
             raise RequestError("a chunk needs at least one token")
         if min(ids) < 0 or max(ids) >= self.shape.vocab:
             raise RequestError(f"token ids run from 0 to {self.shape.vocab - 1}, found {min(ids)} to {max(ids)}")
