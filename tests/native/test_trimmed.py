@@ -114,7 +114,7 @@ def test_nothing_is_read_beyond_a_record(trimmed):
         moves = np.array([(la, e, 8) for la in range(engine.ledger.layers) for e in range(engine.ledger.experts)], np.int32)
         engine.experts.read(moves)
         engine.experts.abandon()
-        assert engine.experts.counters[0] == container.experts_bytes()
+        assert engine.decoder.program.counts[1] == container.experts_bytes()
         assert [engine.experts.width(la, e) for la, e, _ in moves.tolist()] == container.kept.reshape(-1).tolist()
 
 
