@@ -4,6 +4,7 @@
 #include "feedback.h"
 #include "rotate.h"
 #include "kernels.h"
+#include "reader.h"
 #include "sampling.h"
 
 #include <nanobind/stl/optional.h>
@@ -393,6 +394,14 @@ void bind_kernels(nb::module_& m) {
   m.def("drawing_ns", [] { return drawing_ns.load(); }, "Nanoseconds that this process spent in `draw` so far.");
   m.def("draw", &draw_token, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "uniform"_a,
         "The token that `uniform` of [0, 1) draws from logits float32 [vocab], as sampling.candidates defines it; -1 if they are not finite.");
+  m.def("direct_read_rate", [](const std::vector<std::string>& paths, In<int64_t> offsets, int64_t bytes, int readers, double seconds) {
+    expect(!paths.empty() && offsets.size() && offsets.size() % paths.size() == 0, "offsets is [files, experts]");
+    expect(bytes > 0 && seconds >= 0, "read at least a byte for 0 or more seconds");
+    expect_threads(readers);
+    const nb::gil_scoped_release free;
+    return direct_read_rate(paths, {offsets.data(), offsets.data() + offsets.size()}, bytes, readers, seconds);
+  }, "paths"_a, "offsets"_a, "bytes"_a, "readers"_a, "seconds"_a,
+        "Bytes per second of direct reads of `bytes` from offsets int64 [files, experts] at random, `readers` at a time; 0 where they are refused.");
   m.def("read_bandwidth", &read_bandwidth, "n_bytes"_a, "threads"_a, "seconds"_a, "table"_a = nb::none(),
         "Bytes per second read from memory by `threads` threads.");
 }

@@ -5,7 +5,10 @@
 #include <chrono>
 #include <cstring>
 #include <fcntl.h>
+#include <new>
+#include <random>
 #include <stdexcept>
+#include <sys/mman.h>
 #include <system_error>
 #include <unistd.h>
 
@@ -174,6 +177,55 @@ void Reader::read(ReadRequest& r) {
 #ifdef POSIX_FADV_DONTNEED
   // Through the page cache the budget would be spent twice, by us and by the kernel.
   if (!direct()) posix_fadvise(fd, r.offset, r.bytes, POSIX_FADV_DONTNEED);
+#endif
+}
+
+double direct_read_rate(const std::vector<std::string>& paths, const std::vector<int64_t>& offsets, int64_t bytes, int readers, double seconds) {
+#ifdef O_DIRECT
+  using Clock = std::chrono::steady_clock;
+  std::vector<int> files;
+  const size_t experts = offsets.size() / paths.size(), room = size_t((bytes + 4095) / 4096 * 4096);
+  constexpr size_t kHuge = 2 << 20;
+  const size_t held = (room + kHuge - 1) / kHuge * kHuge;
+  bool refused = false;
+  for (const std::string& path : paths) {
+    files.push_back(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT));
+    refused |= files.back() < 0;
+  }
+  std::atomic<int64_t> total{0};
+  std::atomic<bool> failed{refused};
+  double took = 1.0;
+  if (!refused) {
+    std::vector<void*> buffers; // as the engine's slots: of huge pages, which are there beforehand
+    for (int i = 0; i < readers; ++i) {
+      buffers.push_back(::operator new(held, std::align_val_t(kHuge)));
+#ifdef MADV_HUGEPAGE
+      madvise(buffers.back(), held, MADV_HUGEPAGE);
+#endif
+      std::memset(buffers.back(), 1, held);
+    }
+    const auto start = Clock::now();
+    const auto since = [&] { return std::chrono::duration<double>(Clock::now() - start).count(); };
+    const auto work = [&](int i) {
+      std::mt19937 draw{std::random_device()()};
+      while (since() < seconds && !failed) {
+        const size_t place = std::uniform_int_distribution<size_t>(0, offsets.size() - 1)(draw);
+        const ssize_t n = pread(files[place / experts], buffers[size_t(i)], room, offsets[place]);
+        n > 0 ? void(total += n) : void(failed = true);
+      }
+    };
+    std::vector<std::thread> threads;
+    for (int i = 1; i < readers; ++i) threads.emplace_back(work, i);
+    work(0);
+    for (auto& t : threads) t.join();
+    took = since();
+    for (void* buffer : buffers) ::operator delete(buffer, std::align_val_t(kHuge));
+  }
+  for (int fd : files)
+    if (fd >= 0) close(fd);
+  return failed ? 0.0 : double(total.load()) / took;
+#else
+  return 0.0;
 #endif
 }
 

@@ -67,4 +67,8 @@ private:
   std::condition_variable work_, done_;
 };
 
+// Bytes per second of plain direct reads for so long: `readers` threads, each `bytes` at a time, of record i % experts of file i / experts,
+// which begins at offsets[i], i at random. 0 where direct reads are refused.
+double direct_read_rate(const std::vector<std::string>& paths, const std::vector<int64_t>& offsets, int64_t bytes, int readers, double seconds);
+
 } // namespace d2moe

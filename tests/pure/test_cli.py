@@ -276,7 +276,7 @@ def test_storage_is_measured_or_said_not_to_be(tmp_path: Path) -> None:
         moe_layers=(0,),
         experts=16,
         expert_path=lambda layer: tmp_path / "e",
-        expert_offset=lambda layer, expert: expert * 65536,
+        offsets=np.arange(16)[None] * 65536,
     )
     rate = storage_bandwidth(container, 4)
     assert rate is None or rate > 1e5

@@ -13,13 +13,10 @@ it, and the roofline is the median over repeats.
 from __future__ import annotations
 
 import math
-import mmap
 import os
-import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,36 +236,12 @@ def memory_bandwidth(threads: int | None) -> float | None:
 
 
 def storage_bandwidth(container: Any, bits: int, readers: int = READERS, seconds: float = MEASURE_S) -> float | None:
-    """Bytes per second of direct reads of random prefixes, `readers` at a time; None if direct I/O is refused."""
-    size = container.record.prefix_bytes(bits)
-    flags = os.O_RDONLY | getattr(os, "O_DIRECT", 0)
-    if not hasattr(os, "O_DIRECT"):
-        return None
-    files: dict[int, int] = {}
-    try:
-        for layer in container.moe_layers:
-            files[layer] = os.open(container.expert_path(layer), flags)
-        # Page aligned, as direct reads demand, and with pages of their own beforehand, as the engine's slots have.
-        buffers = [mmap.mmap(-1, size) for _ in range(readers)]
-        for buffer in buffers:
-            buffer[:: mmap.PAGESIZE] = b"\1" * len(range(0, size, mmap.PAGESIZE))
-        start = time.perf_counter()
+    """Bytes per second of direct reads of random records as far as `bits`, `readers` at a time; None if direct I/O is refused."""
+    from d2moe.kernels import native
 
-        def reader(number: int) -> int:
-            draw, total = random.Random(number), 0
-            while time.perf_counter() < start + seconds:
-                layer, expert = draw.choice(container.moe_layers), draw.randrange(container.experts)
-                total += os.preadv(files[layer], [buffers[number]], container.expert_offset(layer, expert))
-            return total
-
-        with ThreadPoolExecutor(readers) as pool:
-            total = sum(pool.map(reader, range(readers)))
-        return total / (time.perf_counter() - start)
-    except OSError:  # a file system without direct I/O says so at open or at the first read
-        return None
-    finally:
-        for file in files.values():
-            os.close(file)
+    paths = [str(container.expert_path(layer)) for layer in container.moe_layers]
+    rate = native.direct_read_rate(paths, container.offsets, container.record.prefix_bytes(bits), readers, seconds)
+    return float(rate) if rate else None
 
 
 def tier(path: Path, direct: bool) -> str:
