@@ -183,9 +183,10 @@ def _measure_reads(engine: Engine, direct: bool, advance: Callable[[], None]) ->
         for have, bits, size in blocks:
             there = having[bits]
             count = min(len(there), max(depth, min(BURST_BYTES // record.prefix_bytes(bits), len(there) // 2)))
-            experts.set_limit(count * record.prefix_bytes(bits))
-            begun, spent, total = time.perf_counter(), 0.0, 0
-            while total == 0 or time.perf_counter() - begun < MEASURE_S:
+            # No less than the engine's, whose slots are of huge pages from some size on: reads into small ones take twice as long.
+            experts.set_limit(max(count * record.prefix_bytes(bits), engine.ledger.limit_bytes))
+            begun, spent, total = time.perf_counter(), 0.0, -count * size
+            while total <= 0 or time.perf_counter() - begun < MEASURE_S:  # the first time slots get their pages
                 flat = rng.choice(there, count, replace=False)
                 moves = np.column_stack([*np.divmod(flat, container.experts), np.full(count, bits)]).astype(np.int32)
                 if have:
@@ -196,7 +197,7 @@ def _measure_reads(engine: Engine, direct: bool, advance: Callable[[], None]) ->
                 start = time.perf_counter()
                 experts.read(moves)
                 experts.abandon()
-                spent += time.perf_counter() - start
+                spent += time.perf_counter() - start if total >= 0 else 0.0
                 total += count * size
                 moves[:, 2] = 0
                 experts.evict(moves)
@@ -206,13 +207,14 @@ def _measure_reads(engine: Engine, direct: bool, advance: Callable[[], None]) ->
 
 
 def _choose(io: dict[str, Rates], block: int) -> dict[str, Any]:
-    """Reading path and queue depth by the rates of the block nearest to `block` bytes, and why in words."""
+    """Reading path by the rates of the block nearest to `block` bytes, the least queue depth that is enough for all block sizes (single
+    planes are read, too), and why in words."""
     best: dict[str, tuple[float, int]] = {}
     for path, rates in io.items():
         if rates:
             by_depth = rates[min(rates, key=lambda size: abs(int(size) - block))]
-            top = max(by_depth.values())
-            best[path] = (top, next(int(d) for d, rate in by_depth.items() if rate >= ENOUGH * top))
+            enough = (d for d in by_depth if all(of[d] >= ENOUGH * max(of.values()) for of in rates.values()))
+            best[path] = (max(by_depth.values()), int(next(enough, max(by_depth, key=int))))
     path = max(best, key=lambda p: best[p][0] * (DIRECT_UNLESS if p == "direct" else 1))
     words = " against ".join(f"{rate / 1e9:.2f} GB/s by {p}" for p, (rate, _) in sorted(best.items(), key=lambda item: item[0] != path))
     return {"path": path, "direct": path == "direct", "read_depth": best[path][1], "why": f"measured {words}"}
@@ -236,6 +238,11 @@ def _measure_compute(engine: Engine, tokens: list[int], bits: int) -> tuple[tupl
     try:
         before = engine.counters.snapshot()
         engine.step([Chunk(sequence, tokens[:PROMPT_TOKENS], bits, "last", uniform=True)])
+        # Where all fits nothing would be left to plan, and fresh slots get their pages while a plan's reads begin: half are read again.
+        half = [(la, e) for la in range(engine.ledger.layers) for e in range(0, engine.ledger.experts, 2)]
+        engine.experts.evict(np.array([(la, e, 0) for la, e in half], np.int32))
+        for la, e in half:
+            engine.ledger.shrink(la, e, 0)
         marks = [engine.counters.snapshot()]
         for token in tokens[PROMPT_TOKENS : PROMPT_TOKENS + STEPS]:
             engine.step([Chunk(sequence, [token], bits, "last", uniform=True)])
@@ -256,7 +263,7 @@ def _measure_compute(engine: Engine, tokens: list[int], bits: int) -> tuple[tupl
 
     one = median(rest(used) for used in steps)
     further = max(0.0, rest(prompt) - pieces * one) / max(prompt.tokens - pieces, 1)
-    return (first, more), (one, further), median(used.decide_seconds / max(used.plans, 1) for used in steps)
+    return (first, more), (one, further), median([used.decide_seconds / used.plans for used in steps if used.plans] or [0.0])
 
 
 def _groups(trace: Trace, prompts: int) -> list[tuple[int, int]]:
