@@ -12,7 +12,7 @@ from d2moe.errors import ConfigError
 from d2moe.runtime.config import parse_bytes
 from d2moe.types import WIDTHS
 
-FORMAT = 1
+FORMAT = 2
 GUESSED_DECIDE_S = 150e-6
 """A plan in Python, on the machines of docs/log.md."""
 GUESSED_READ_S = 100e-6
