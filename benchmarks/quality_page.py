@@ -45,7 +45,8 @@ ROWS = """
 ## All rows, by size
 
 The other weights (attention, embedding) are two bits wider than the experts, 5 to 8 ("wider", the engine's default where
-embedding and head are one; in llama.cpp's types Q5_K, Q6_K, Q8_0), as wide as the experts ("same"), or what llama.cpp's mixes
+embedding and head are one; a dial's are three bits wider, those of cut models as `d2moe trim` cuts them; in llama.cpp's types
+Q5_K, Q6_K, Q8_0), as wide as the experts ("same"), or what llama.cpp's mixes
 make of them ("own").
 """
 FAMILIES = ("GPTQ, group 64", "GPTQ, group 128", "HQQ, group 64", "llama.cpp", "llama.cpp mixes")
@@ -119,6 +120,12 @@ def rival(rows: Sequence[Row], family: str, text: str, n_bytes: int) -> float | 
     return min(found, default=None)
 
 
+def best_separate(rows: Sequence[Row], text: str, n_bytes: int) -> tuple[str, float] | None:
+    """The best family of separate quantisers at that size, and its divergence."""
+    values = {f: v for f in families(rows) if f not in NESTED and (v := rival(rows, f, text, n_bytes)) is not None}
+    return min(values.items(), key=lambda item: item[1], default=None)
+
+
 def verdict(rows: Sequence[Row], texts: Sequence[str]) -> str:
     """Ours beside each family at our size."""
     known = families(rows)
@@ -171,7 +178,6 @@ def cut(rows: Sequence[Row], texts: Sequence[str]) -> str:
             ours.setdefault(row["code"], {})[row["family"]] = row
     if not ours:
         return ""
-    known = [f for f in families(rows) if f not in NESTED]
     out = [
         "\n## Cut to a size",
         "",
@@ -188,18 +194,16 @@ def cut(rows: Sequence[Row], texts: Sequence[str]) -> str:
         n_bytes = pair[CUT[0]]["n_bytes"]
         cells = [code, f"{n_bytes / 1e6:.2f}"]
         for text in texts:
-            values = {f: v for f in known if (v := rival(rows, f, text, n_bytes)) is not None}
-            best = min(values, key=lambda f: values[f], default=None)
+            best = best_separate(rows, text, n_bytes)
             for family in CUT:
                 if family not in pair:
                     cells.append("–")
                     continue
                 mine = kl(pair[family], text)
-                ratio = mine / values[best] if best is not None else math.nan
-                cells.append(f"{1000 * mine:.3f}" + (f" ({ratio:.2f})" if best is not None else ""))
-                if best is None or ratio < 1 - NEAR:
+                cells.append(f"{1000 * mine:.3f}" + (f" ({mine / best[1]:.2f})" if best else ""))
+                if best is None or mine < best[1] * (1 - NEAR):
                     won[family].append((text, code.split()[0]))
-            cells.append("–" if best is None else f"{1000 * values[best]:.3f} ({best})")
+            cells.append(f"{1000 * best[1]:.3f} ({best[0]})" if best else "–")
         out.append("| " + " | ".join(cells) + " |")
     better = "Better than every separate quantiser of its size"
     out += ["", *(f"- {better}, {family.removeprefix('d2moe, ')}: {_by_name(where)}." for family, where in won.items())]
@@ -217,7 +221,6 @@ def dialled(rows: Sequence[Row], texts: Sequence[str]) -> str:
     mine = [r for r in rows if r["family"] == DIALLED]
     if not mine:
         return ""
-    known = [f for f in families(rows) if f not in NESTED]
     out = [
         "\n## At the bytes that a token reads",
         "",
@@ -231,9 +234,8 @@ def dialled(rows: Sequence[Row], texts: Sequence[str]) -> str:
     for row in mine:
         cells = [row["code"], f"{row['n_bytes'] / 1e6:.2f}"]
         for text in texts:
-            values = {f: v for f in known if (v := rival(rows, f, text, row["n_bytes"])) is not None}
-            best = min(values, key=lambda f: values[f], default=None)
-            other = ("–", "–") if best is None else (f"{1000 * values[best]:.3f} ({best})", f"{kl(row, text) / values[best]:.2f}")
+            best = best_separate(rows, text, row["n_bytes"])
+            other = (f"{1000 * best[1]:.3f} ({best[0]})", f"{kl(row, text) / best[1]:.2f}") if best else ("–", "–")
             cells += [f"{1000 * kl(row, text):.3f}", *other]
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out)
