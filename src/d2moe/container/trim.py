@@ -137,13 +137,12 @@ class Trimmer:
     def write(self, cut: Cut, dst: str | Path, progress: Progress = lambda done, total: None) -> Path:
         """Copy what stays to the new container `dst`, checking every byte that is read; its width router comes along.
 
-        Interrupted, it leaves DST.partial, and the same call goes on there. Raises ContainerError (a damaged piece, a `dst` that exists)
+        Interrupted, it leaves DST.partial, where the same call goes on, and raises KeyboardInterrupt that says so. Raises ContainerError (a damaged piece, a `dst` that exists)
         and StorageError.
         """
         c, tables = self.container, checksums_of(self.container)
         facts = c.manifest.files
         carried = {n: c.path / n for n, f in facts.items() if n not in c.manifest.weight_files and n != CHECKSUMS and not f.optional}
-        kept = dict(zip(c.moe_layers, cut.kept.tolist(), strict=True))
         writer = ContainerWriter(
             dst,
             record=c.record,
@@ -153,34 +152,41 @@ class Trimmer:
             files=carried,
             source=c.manifest.source,
             quantizer=c.manifest.quantizer,
-            kept=kept,
+            kept=dict(zip(c.moe_layers, cut.kept.tolist(), strict=True)),
         )
-        with writer:
-            total, done = writer.total_bytes, 0
-            crcs = dict(zip(c.dense, tables["dense"].tolist(), strict=True))
-            for name in self._tensors(cut):
-                array = None if writer.is_dense_done(name) else c.read_dense(name)
-                if array is not None:
-                    if zlib.crc32(array.reshape(-1).view(np.uint8).data) != crcs[name]:
-                        raise ContainerError(f"{c.path}: tensor {name} is damaged, its CRC-32 is not what it was written with; {ADVICE}")
-                    writer.add_dense(name, array)
-                done += c.dense[name].n_bytes
-                progress(done, total)
-            for layer, widths in kept.items():
-                ready = writer.done_experts(layer)
-                for expert, bits in enumerate(widths):
-                    if expert not in ready:
-                        record = c.read_record(layer, expert, bits)
-                        self._check(record, bits, tables[f"experts.{layer}"][expert].tolist(), f"layer {layer} expert {expert}")
-                        writer.add_record(layer, expert, record)
-                    done += c.record.prefix_bytes(bits)
-                    progress(done, total)
-            made = writer.finish()
+        try:
+            with writer:
+                self._copy(writer, cut, tables, progress)
+                made = writer.finish()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{writer.partial} has what was copied; the same command goes on there") from None
         if self.router is not None:
             text = read_small(c.path / MANIFEST, MAX_SMALL_BYTES, ContainerError, ADVICE)
             about = parse_json(text, str(c.path / MANIFEST), ContainerError, ADVICE)["files"][ROUTER].get("about", {})
             write_router(made, self.router, about)
         return made
+
+    def _copy(self, writer: ContainerWriter, cut: Cut, tables: dict[str, npt.NDArray[np.uint32]], progress: Progress) -> None:
+        """What is not there yet; `tables` are the checksums of what is read."""
+        c, total, done = self.container, writer.total_bytes, 0
+        crcs = dict(zip(c.dense, tables["dense"].tolist(), strict=True))
+        for name in self._tensors(cut):
+            if not writer.is_dense_done(name):
+                array = c.read_dense(name)
+                if zlib.crc32(array.reshape(-1).view(np.uint8).data) != crcs[name]:
+                    raise ContainerError(f"{c.path}: tensor {name} is damaged, its CRC-32 is not what it was written with; {ADVICE}")
+                writer.add_dense(name, array)
+            done += c.dense[name].n_bytes
+            progress(done, total)
+        for layer, widths in zip(c.moe_layers, cut.kept.tolist(), strict=True):
+            ready = writer.done_experts(layer)
+            for expert, bits in enumerate(widths):
+                if expert not in ready:
+                    record = c.read_record(layer, expert, bits)
+                    self._check(record, bits, tables[f"experts.{layer}"][expert].tolist(), f"layer {layer} expert {expert}")
+                    writer.add_record(layer, expert, record)
+                done += c.record.prefix_bytes(bits)
+                progress(done, total)
 
     def _check(self, record: npt.NDArray[np.uint8], bits: int, crcs: list[int], item: str) -> None:
         at = 0
