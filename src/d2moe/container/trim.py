@@ -137,8 +137,8 @@ class Trimmer:
     def write(self, cut: Cut, dst: str | Path, progress: Progress = lambda done, total: None) -> Path:
         """Copy what stays to the new container `dst`, checking every byte that is read; its width router comes along.
 
-        Interrupted, it leaves DST.partial, where the same call goes on, and raises KeyboardInterrupt that says so. Raises ContainerError (a damaged piece, a `dst` that exists)
-        and StorageError.
+        Interrupted, it leaves DST.partial, where the same call goes on, and raises KeyboardInterrupt that says so. Raises
+        ContainerError (a damaged piece, a `dst` that exists) and StorageError.
         """
         c, tables = self.container, checksums_of(self.container)
         facts = c.manifest.files
