@@ -8,7 +8,8 @@ and more bits are the next ones. Dense matrices are stored array by array under 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -157,6 +158,10 @@ class RecordLayout:
     def record_bytes(self) -> int:
         """Size of a record with all eight bits."""
         return self.prefix_bytes(MAX_BITS)
+
+    def records_bytes(self, kept: Iterable[int], bits: int = MAX_BITS) -> int:
+        """Size of records that have the bits `kept`, as far as they go to `bits`."""
+        return sum(n * self.prefix_bytes(min(b, bits)) for b, n in Counter(kept).items())
 
     @staticmethod
     def segments(bits: int) -> tuple[str, ...]:

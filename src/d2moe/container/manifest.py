@@ -61,10 +61,6 @@ class Manifest:
         """Bits that each record of the layer has."""
         return self.kept.get(layer, (MAX_BITS,) * self.experts)
 
-    def records_bytes(self, layer: int) -> int:
-        """Size of all records of a layer."""
-        return sum(map(self.record.prefix_bytes, self.kept_of(layer)))
-
     @property
     def expert_files(self) -> tuple[str, ...]:
         return tuple(expert_file(layer) for layer in self.layers)

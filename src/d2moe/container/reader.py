@@ -125,8 +125,7 @@ class Container:
 
     def experts_bytes(self, bits: int = MAX_BITS) -> int:
         """Bytes of all records, as far as they go to `bits`."""
-        counts = np.bincount(np.minimum(self.kept, check_width(bits)).reshape(-1))
-        return sum(n * self.record.prefix_bytes(b) for b, n in enumerate(counts.tolist()) if n)
+        return self.record.records_bytes(self.kept.reshape(-1).tolist(), check_width(bits))
 
     def stored_widths(self, widths: DenseWidths) -> DenseWidths:
         """These widths, or the widest that are stored where those are less."""

@@ -7,6 +7,7 @@ average over a text: the width router's measure (docs/routing.md), summed over t
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,10 +30,6 @@ from d2moe.types import BASE_BITS, MAX_BITS, SPARED_BY_EXPERT, DenseWidths, chec
 I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
-
-MANIFEST_BYTES = 8
-"""By which a manifest grows for each expert, at most: its bits in `kept`, with the indentation."""
-
 
 @dataclass(frozen=True)
 class Cut:
@@ -127,11 +124,12 @@ class Trimmer:
         """Bytes of the folder, a few too many."""
         c = self.container
         others = sum(f.n_bytes for name, f in c.manifest.files.items() if name not in c.manifest.weight_files)
-        manifest = (c.path / MANIFEST).stat().st_size + MANIFEST_BYTES * cut.kept.size
+        widths_of = {str(layer): widths for layer, widths in zip(c.moe_layers, cut.kept.tolist(), strict=True)}
+        manifest = (c.path / MANIFEST).stat().st_size + len(json.dumps({"kept": widths_of}, indent=1))  # as it is written there
         header, entries = build_header(self._tensors(cut))
         total = others + manifest + len(header) + sum(entry.n_bytes for entry in entries.values())
         for layer, widths in zip(c.moe_layers, cut.kept.tolist(), strict=True):
-            total += len(build_header(c.record.tensors(layer, widths))[0]) + sum(map(c.record.prefix_bytes, widths))
+            total += len(build_header(c.record.tensors(layer, widths))[0]) + c.record.records_bytes(widths)
         return total
 
     def write(self, cut: Cut, dst: str | Path, progress: Progress = lambda done, total: None) -> Path:

@@ -98,11 +98,11 @@ class ContainerWriter:
     def _expert_file(self, layer: int) -> _File:
         widths = self._widths[layer]
         header, name = build_header(self.record.tensors(layer, widths))[0], expert_file(layer)
-        return _File(name, self.partial / name, header, len(header) + sum(map(self.record.prefix_bytes, widths)))
+        return _File(name, self.partial / name, header, len(header) + self.record.records_bytes(widths))
 
     def _offset(self, layer: int, expert: int) -> int:
         """Where a record begins in its file."""
-        return len(self._layers[layer].header) + sum(map(self.record.prefix_bytes, self._widths[layer][:expert]))
+        return len(self._layers[layer].header) + self.record.records_bytes(self._widths[layer][:expert])
 
     # Beginning and resuming
 

@@ -139,6 +139,6 @@ def _writer(
         dense=dense | calibrated.loss_tensors(shape) if is_calibrated else dense,
         files=checkpoint.companions(),
         source={**checkpoint.facts(), "ignored_config_keys": sorted(set(ignored))},
-        quantizer=quantizer | {"kept": calibrated.BELOW} if small else quantizer,
+        quantizer=quantizer | {"below_kept": calibrated.BELOW} if small else quantizer,
         kept=small.manifest.kept if small else None,
     )

@@ -117,6 +117,12 @@ class Trace:
             rows[:, -1] = a["wanted"]
         return np.repeat(np.tile(np.arange(m.layers, dtype=np.int32), len(rows)), rows.reshape(-1))
 
+    def asking(self, bits: Any, kept: npt.NDArray[np.int64] | None = None) -> Trace:
+        """The same choices at widths `bits`, a number or [N, top_k], or what their records have: `kept` [layers, experts], None for all."""
+        ids = self.arrays["ids"]
+        asked = np.broadcast_to(bits, ids.shape) if kept is None else np.minimum(bits, kept[self.layers()[:, None], ids])
+        return Trace(self.meta, self.arrays | {"bits": asked.astype(np.uint8)})
+
     def overlap(self) -> tuple[float, float]:
         """Share of a token's experts that the token before it in its sequence had chosen too, and what chance would give."""
         a, m = self.arrays, self.meta

@@ -17,7 +17,7 @@ from d2moe.models import family, shape_from_config
 from d2moe.policy.trace import Meta
 from d2moe.runtime.config import EngineConfig
 from d2moe.simulate.device import Device, guess, parse_rates
-from d2moe.types import BASE_BITS, GROUP, MAX_BITS, WIDTHS, DenseWidths, ModelShape
+from d2moe.types import GROUP, MAX_BITS, WIDTHS, DenseWidths, ModelShape
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class ModelFacts:
     dense_bytes: Callable[[DenseWidths], int]
     kept_bytes: Callable[[DenseWidths], int]
     """Those a step reads: not the embedding, of which a token is one row."""
-    kept: npt.NDArray[np.int64] | None = None
-    """Bits that each expert has [layers with experts, experts]; None: all eight."""
-    routed: bool = False
+    kept: npt.NDArray[np.int64]
+    """Bits that each expert has [layers with experts, experts]."""
+    routed: bool
     """Whether it has a width router."""
 
     def meta(self) -> Meta:
@@ -42,18 +42,15 @@ class ModelFacts:
         return Meta(len(s.moe_layers), s.experts, s.top_k, *sizes, last, self.name)
 
     def all_experts_bytes(self, bits: int) -> int:
-        if self.kept is None:
-            return len(self.shape.moe_layers) * self.shape.experts * self.record.prefix_bytes(bits)
-        return sum(self.record.prefix_bytes(b) for b in np.minimum(self.kept, bits).reshape(-1).tolist())
+        return self.record.records_bytes(self.kept.reshape(-1).tolist(), bits)
 
     @property
     def one_expert_bytes(self) -> int:
         """The largest."""
-        return self.record.prefix_bytes(MAX_BITS if self.kept is None else int(self.kept.max()))
+        return self.record.prefix_bytes(int(self.kept.max()))
 
     def dense_widths(self, config: EngineConfig) -> DenseWidths:
-        plain = config.uniform or config.bits in (BASE_BITS, MAX_BITS)
-        return config.dense_widths(not self.shape.tied_embeddings, routed=self.routed and not plain)
+        return config.dense_widths(not self.shape.tied_embeddings, routed=self.routed and not config.uniform)
 
     def device(self, text: str, dense: DenseWidths) -> Device:
         """A device by its two bandwidths, "io=1.2GB,memory=30GB", or from a profile's file; ConfigError else."""
@@ -75,7 +72,7 @@ class ModelFacts:
 
 def model_facts(path: Path, group: int = GROUP) -> ModelFacts:
     """Facts of a converted model's folder, or of a config.json (or a folder with one), for which `group` is assumed."""
-    kept, stored, routed = None, {}, False
+    stored, routed = {}, False
     if (path / "d2moe.json").is_file() or (path / "experts").is_dir():
         container = Container.open(path)
         shape = shape_from_config(container.config, f"{path}/config.json", container.manifest.source.get("ignored_config_keys", []))
@@ -93,6 +90,7 @@ def model_facts(path: Path, group: int = GROUP) -> ModelFacts:
             raise ConfigError(f"{file} holds no JSON object")
         shape = shape_from_config(config, str(file), [])
         record = RecordLayout(shape.hidden, shape.expert_inner, group)
+        kept = np.full((len(shape.moe_layers), shape.experts), MAX_BITS)
     sources = family(shape.model_type).source_names(shape).dense
 
     def size(widths: DenseWidths, without: str = "") -> int:

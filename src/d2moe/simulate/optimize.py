@@ -131,10 +131,9 @@ def optimise(
     """
 
     def outcome(bits: float, plain: bool) -> Outcome:
-        asked = np.full(trace.arrays["ids"].shape, bits, np.uint8) if plain else widths(trace, router, bits)
-        if kept is not None:
-            asked = np.minimum(asked, kept[trace.layers()[:, None], trace.arrays["ids"]]).astype(np.uint8)
-        found = simulate(Trace(trace.meta, trace.arrays | {"bits": asked}), device, memory_bytes, policy=policy)
+        wanted = trace.asking(bits if plain else widths(trace, router, bits), kept)
+        asked: U8 = wanted.arrays["bits"]
+        found = simulate(wanted, device, memory_bytes, policy=policy)
         if progress is not None:
             progress()
         return Outcome(bits, plain, float(asked.mean()), found.tokens_per_s, found.bytes_per_token, loss(trace, router, asked))

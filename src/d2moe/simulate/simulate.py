@@ -246,12 +246,9 @@ def simulate(
 
     MemoryBudgetError if the memory does not hold one expert, ConfigError for a policy that does not exist.
     """
-    if bits is not None:
-        trace = Trace(trace.meta, trace.arrays | {"bits": np.full_like(trace.arrays["bits"], bits)})
+    if bits is not None or kept is not None:
+        trace = trace.asking(trace.arrays["bits"] if bits is None else bits, kept)
     m = trace.meta
-    if kept is not None:
-        most = kept[trace.layers()[:, None], trace.arrays["ids"]]
-        trace = Trace(m, trace.arrays | {"bits": np.minimum(trace.arrays["bits"], most).astype(np.uint8)})
     ledger = Ledger(m.layers, m.experts, m.base_bytes, m.plane_bytes, memory_bytes, kept)
     widest = int(trace.arrays["bits"].max(initial=2))
     if memory_bytes < ledger.prefix_bytes[widest]:
